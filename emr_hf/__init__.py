@@ -1,0 +1,63 @@
+"""Merge finetunes of one pretrained model into one, and become any of its tasks (EMR-Merging, arXiv 2405.17461)."""
+
+from . import modeling, pipelines
+from .configuration import EMRConfig
+from .election import Merge, merge_state_dicts
+from .errors import (
+    CheckpointError,
+    EMRError,
+    MismatchError,
+    NonFiniteError,
+    OffloadedError,
+    OptionError,
+    RecipeError,
+    RepoError,
+    UnknownTaskError,
+)
+from .export import export
+from .hub import push_folder
+from .merging import merge, merge_recipe
+from .modeling import HEAD_CLASSES, EMRMergedModel
+from .pipelines import (
+    EMRImageClassificationPipeline,
+    EMRTextClassificationPipeline,
+    EMRTokenClassificationPipeline,
+)
+from .plan import Plan, check
+from .recipe import Recipe
+from .report import MergeReport, TaskReport
+
+__version__ = "0.1.0"
+
+globals().update({head.__name__: head for head in HEAD_CLASSES.values()})
+modeling.register()
+pipelines.register()
+
+__all__ = [
+    "CheckpointError",
+    "EMRConfig",
+    "EMRError",
+    "EMRImageClassificationPipeline",
+    "EMRMergedModel",
+    "EMRTextClassificationPipeline",
+    "EMRTokenClassificationPipeline",
+    "Merge",
+    "MergeReport",
+    "MismatchError",
+    "NonFiniteError",
+    "OffloadedError",
+    "OptionError",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "RepoError",
+    "TaskReport",
+    "UnknownTaskError",
+    "check",
+    "export",
+    "merge",
+    "merge_recipe",
+    "merge_state_dicts",
+    "push_folder",
+    *sorted(head.__name__ for head in HEAD_CLASSES.values()),
+]

@@ -1,0 +1,80 @@
+"""EMRBank: the buffers from which a model's tasks are rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bits import packed_size
+from .repo import flat_name
+
+PrivateSpec = Mapping[str, tuple[torch.Size, torch.dtype]]
+
+
+class _Buffers(nn.Module):
+    """Tensors by parameter name, each one flat buffer: a tree of modules would look like layers to PEFT."""
+
+    def put(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
+        self.register_buffer(flat_name(name), tensor, persistent)
+
+    def get(self, name: str) -> Tensor:
+        return self._buffers[flat_name(name)]  # type: ignore[return-value]
+
+    def has(self, name: str) -> bool:
+        return flat_name(name) in self._buffers
+
+
+class EMRBank(nn.Module):
+    """The unified task vector and, per task, masks, rescaler and private tensors.
+
+    Args:
+        shapes: merged parameter -> shape.
+        tau_dtype: of the unified vector.
+        private: task's key -> name -> shape and dtype of its private tensors.
+
+    Buffers, saved under these names: `tau.<parameter>`, of the parameter's shape, `tau_dtype`; `mask.<key>.<parameter>`,
+    packed bits (see `emr_hf.bits`), uint8; `rescaler.<key>`, a float32 scalar; `private.<key>.<name>`. The base's
+    values are kept in `base.<parameter>` once a task has replaced them in the model; they are saved as the model's.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], tau_dtype: torch.dtype, private: Mapping[str, PrivateSpec]):
+        super().__init__()
+        self.base, self.tau, self.rescaler = _Buffers(), _Buffers(), _Buffers()
+        self.mask, self.private = nn.Module(), nn.Module()
+        for name, shape in shapes.items():
+            self.tau.put(name, torch.zeros(shape, dtype=tau_dtype))
+        for key, tensors in private.items():
+            masks, own = _Buffers(), _Buffers()
+            for name, shape in shapes.items():
+                masks.put(name, torch.zeros(packed_size(shape.numel()), dtype=torch.uint8))
+            for name, (shape, dtype) in tensors.items():
+                own.put(name, torch.zeros(shape, dtype=dtype))
+            self.mask.add_module(key, masks)
+            self.private.add_module(key, own)
+            self.rescaler.put(key, torch.ones((), dtype=torch.float32))
+
+    def mask_of(self, key: str, name: str) -> Tensor:
+        """The packed mask of a parameter, uint8."""
+        return getattr(self.mask, key).get(name)
+
+    def private_of(self, key: str, name: str) -> Tensor:
+        """A task's own tensor."""
+        return getattr(self.private, key).get(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRBank:
+        """Follow `.to(device)`; of `.to(dtype)` only what the model's weights follow: tau and lambda keep theirs."""
+        kept = {buffers: dict(buffers._buffers) for buffers in (self.tau, self.rescaler)}
+        super()._apply(fn, recurse)
+        for buffers, before in kept.items():
+            for name, tensor in buffers._buffers.items():
+                old = before[name]
+                if tensor is not None and old is not None and tensor.dtype != old.dtype:
+                    buffers._buffers[name] = old.to(tensor.device)
+        return self
+
+    def extra_repr(self) -> str:
+        count: Any = len(self.tau._buffers)
+        return f"{count} parameters, {len(self.rescaler._buffers)} tasks"

@@ -1,0 +1,72 @@
+"""One-bit masks, and the formula of a task's weight.
+
+A mask of n elements is `ceil(n / 8)` uint8: element i is bit `i % 8` (least significant first) of byte `i // 8` of the
+flat tensor. Unused bits of the last byte are 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Elements rebuilt at a time on the CPU: small enough for the cache and for torch to stay on one thread.
+_CHUNK = 1 << 15
+
+
+def packed_size(numel: int) -> int:
+    """Bytes of a packed mask of `numel` elements."""
+    return (numel + 7) // 8
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Pack a bool tensor of any shape into a uint8 tensor of `(ceil(numel / 8),)`, on the CPU."""
+    return torch.from_numpy(np.packbits(mask.reshape(-1).cpu().numpy(), bitorder="little"))
+
+
+def unpack(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Undo `pack`: a bool tensor of `shape`, on the packed tensor's device."""
+    return _unpack_flat(packed, 0, int(np.prod(shape, dtype=np.int64))).to(torch.bool).reshape(shape)
+
+
+def _unpack_flat(packed: Tensor, start: int, stop: int) -> Tensor:
+    """Elements `start` (a multiple of 8) to `stop` of a packed mask, as uint8 zeros and ones."""
+    part = packed[start // 8 : packed_size(stop)]
+    if part.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(part.numpy(), count=stop - start, bitorder="little"))
+    shifts = torch.arange(8, dtype=torch.uint8, device=part.device)
+    return ((part[:, None] >> shifts) & 1).reshape(-1)[: stop - start]
+
+
+def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Tensor | None = None) -> Tensor:
+    """W_t' = W0 + lambda_t M_t tau (paper, equation 5): the one definition of a task's weight.
+
+    Computed in float32 and rounded once, to `out`'s dtype. Where the mask is 0 the result is the base to the bit.
+
+    Args:
+        base: W0, any shape and float dtype.
+        tau: the unified vector, of the base's shape, any float dtype.
+        packed: the task's mask, uint8 `(ceil(numel / 8),)`.
+        rescaler: lambda_t, a float32 scalar.
+        out (*optional*): where to write; a new tensor of the base's shape and dtype by default.
+            Its device is where the work is done, the inputs are moved there.
+
+    Returns:
+        `out`.
+    """
+    out = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
+    device, numel = out.device, base.numel()
+    # Subtracting a masked +0.0 keeps every base as it is, -0.0 too; adding one would turn -0.0 into 0.0.
+    minus_rescaler = -rescaler.to(device, torch.float32)
+    target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=device)
+    flat_out, flat_base, flat_tau = (t.detach().reshape(-1) for t in (target, base, tau))
+    step = _CHUNK if device.type == "cpu" else max(numel, 1)
+    for start in range(0, numel, step):
+        part = slice(start, min(start + step, numel))
+        delta = flat_tau[part].to(device, torch.float32) * minus_rescaler
+        keep = _unpack_flat(packed, part.start, part.stop).to(device, torch.int32).neg_()  # 0 or all ones
+        delta.view(torch.int32).bitwise_and_(keep)
+        flat_out[part] = flat_base[part].to(device, torch.float32) - delta
+    if target is not out:
+        out.detach().copy_(target)
+    return out

@@ -1,0 +1,103 @@
+"""The model card of a merged repo."""
+
+from __future__ import annotations
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration import EMRConfig
+from .report import MergeReport, markdown_table
+
+TAGS = ["merge", "emr-merging", "model-merging", "emr_hf"]
+
+_TEXT = """\
+# {title}
+
+{count} finetunes of {base} in one model, merged by [EMR-Merging](https://arxiv.org/abs/2405.17461) with `emr_hf`: the
+base, one unified task vector, and per task a 1-bit mask per weight and a rescaler. The model becomes any of its tasks,
+and has to be told which.
+
+```python
+import emr_hf
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{repo_id}")
+model.tasks  # {tasks}
+model.set_task({task!r})
+```
+
+Without the `import`, `trust_remote_code=True` does the same; either way `pip install emr_hf` comes first.
+
+## Tasks
+
+{table}
+
+{summary}
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def make_card(config: EMRConfig, repo_id: str) -> str:
+    """The card as Markdown with metadata.
+
+    Args:
+        config: of the repo.
+        repo_id: its Hub id, or a local folder's name.
+    """
+    wrapper = config.architectures[0]
+    report = MergeReport.from_dict(config.report)
+    base = str(config.base_model_name_or_path)
+    text = _TEXT.format(
+        title=repo_id.rpartition("/")[2],
+        count=len(config.tasks),
+        base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else base,
+        auto_class=wrapper.replace("EMRMergedModel", "AutoModel"),
+        repo_id=repo_id,
+        tasks=list(config.tasks),
+        task=config.default_task,
+        table="\n".join(_task_table(config, report)),
+        summary=report.summary(),
+        recipe=yaml.safe_dump(config.recipe, sort_keys=False, allow_unicode=True),
+    )
+    sources = [base, *(entry["source"] for entry in config.tasks.values())]
+    metadata = ModelCardData(
+        library_name="transformers",  # what the Hub's widgets and `pipeline(model=repo)` go by
+        pipeline_tag=pipeline_tag(wrapper),
+        base_model=[source for source in dict.fromkeys(sources) if _is_hub_id(source)] or None,
+        base_model_relation="merge",
+        tags=TAGS,
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
+
+
+def _task_table(config: EMRConfig, report: MergeReport) -> list[str]:
+    header, rows = report.rows()
+    labels = {task: ", ".join(list(entry["id2label"].values())[:6]) for task, entry in config.tasks.items()}
+    more = {task: ", ..." if len(entry["id2label"]) > 6 else "" for task, entry in config.tasks.items()}
+    if "Classification" not in str(config.base_architecture):
+        return markdown_table(header, rows)
+    return markdown_table([*header, "labels"], [[*row, labels[row[0]] + more[row[0]]] for row in rows])
+
+
+def pipeline_tag(wrapper: str) -> str | None:
+    """The pipeline for a wrapper's class, by transformers' own registry."""
+    auto_class = wrapper.replace("EMRMergedModel", "AutoModel")
+    for task, entry in PIPELINE_REGISTRY.supported_tasks.items():
+        if auto_class in [model_class.__name__ for model_class in entry["pt"]]:
+            return str(task)
+    return None
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name  # a bare name may be a local folder's

@@ -1,0 +1,105 @@
+"""EMRConfig: what a merged repo says of itself in config.json."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .errors import RepoError, UnknownTaskError
+from .repo import FORMAT_VERSION, MODEL_TYPE
+
+
+
+class EMRConfig(PreTrainedConfig):
+    """Configuration of an [`EMRMergedModel`].
+
+    Attributes that a task has (`id2label`, `num_labels`, `problem_type`) are those of the active task; those that only
+    the wrapped model knows (`hidden_size`, `vocab_size`, ...) are read from `base_config`.
+
+    Args:
+        base_config: configuration of the wrapped model.
+        base_architecture: its class, such as `"BertForSequenceClassification"`.
+        base_model_name_or_path, base_revision: where the base came from.
+        tasks: task -> `key` (its name in buffers and files), `index` (the order of merging), `id2label`,
+            `problem_type`, `private` (name -> [shape, dtype]), `source`, `revision`, `tokenizer` (its folder in the
+            repo, or `None` for the shared one).
+        default_task: active after loading.
+        merged_parameters: names of the merged tensors.
+        tau_dtype: what the unified vector is stored in.
+        recipe: what was merged, as in a recipe file, with published names.
+        report: the numbers of [`MergeReport`].
+        emr_format: version of the repo's format.
+    """
+
+    model_type = MODEL_TYPE
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "base_config": SubConfigSpec(AutoConfig, model_type="bert")
+    }
+
+    base_config: Any = None
+    base_architecture: str | None = None
+    base_model_name_or_path: str | None = None
+    base_revision: str | None = None
+    tasks: Any = None
+    default_task: str | None = None
+    merged_parameters: list[str] | None = None
+    tau_dtype: str = "float32"
+    recipe: Any = None
+    report: Any = None
+    emr_format: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.emr_format > FORMAT_VERSION:
+            raise RepoError(
+                f"the repo's format is version {self.emr_format}, this emr_hf reads up to {FORMAT_VERSION}: upgrade emr_hf"
+            )
+        super().__post_init__(**kwargs)
+        # JSON knows no integer keys and is written sorted: restore both.
+        tasks = sorted((self.tasks or {}).items(), key=lambda item: item[1]["index"])
+        self.tasks = {task: {**entry, "id2label": _int_keys(entry["id2label"])} for task, entry in tasks}
+        self.merged_parameters = self.merged_parameters or []
+        self.is_encoder_decoder = self.base_config.is_encoder_decoder
+        if self.tasks:
+            self.apply_task(self.default_task or next(iter(self.tasks)))
+
+    def __getattr__(self, name: str) -> Any:
+        # Only called for what the wrapper's configuration lacks.
+        if name.startswith("_") or name in self.sub_configs_defaults or "base_config" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_config, name)
+
+    def entry(self, task: object) -> dict[str, Any]:
+        """What is recorded of a task.
+
+        Raises:
+            UnknownTaskError: with the nearest names.
+        """
+        if not isinstance(task, str) or task not in self.tasks:
+            raise UnknownTaskError(task, self.tasks)
+        return self.tasks[task]
+
+    def apply_task(self, task: str) -> None:
+        """Take over the task's labels and problem type, here and in `base_config`."""
+        entry = self.entry(task)
+        for config in (self, self.base_config):
+            config.id2label = copy.deepcopy(entry["id2label"])
+            config.label2id = {label: index for index, label in entry["id2label"].items()}
+            config.problem_type = entry["problem_type"]
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        return self.base_config.get_text_config(*args, **kwargs)
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        return self.base_config._get_generation_parameters()
+
+
+def task_entry(config: PreTrainedConfig, **entry: Any) -> dict[str, Any]:
+    """A value of `EMRConfig.tasks`, with what follows the task taken from the finetune's configuration."""
+    return {"id2label": dict(config.id2label), "problem_type": config.problem_type, **entry}
+
+
+def _int_keys(id2label: dict[Any, str]) -> dict[int, str]:
+    return {int(index): label for index, label in id2label.items()}

@@ -1,0 +1,71 @@
+"""Every error this package raises on bad input: one hierarchy, each naming the offender, what was expected, what came."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class EMRError(Exception):
+    """Base class of this package's errors."""
+
+
+class OptionError(EMRError, ValueError):
+    """An argument or a recipe's field has a value that cannot be used."""
+
+
+class RecipeError(OptionError):
+    """A recipe file cannot be read or its fields are wrong."""
+
+
+class CheckpointError(EMRError):
+    """An input checkpoint cannot be read: missing shard, truncated file, quantised weights, no weights at all."""
+
+
+class MismatchError(EMRError):
+    """A finetune does not belong to the base: another architecture, vocabulary size, tying or set of tensors."""
+
+
+class NonFiniteError(EMRError):
+    """A NaN or Inf in a tensor.
+
+    Attributes:
+        source (`int`): -1 for the base, else the task's position.
+        index (`int`): position in the flat tensor.
+        value (`float`): what was found there.
+    """
+
+    def __init__(self, source: int, index: int, value: float, message: str | None = None):
+        super().__init__(message or f"element {index} of input {source} is {value}: expected a finite number")
+        self.source, self.index, self.value = source, index, value
+
+    def located(self, tensor: str, shape: Sequence[int], owner: str) -> NonFiniteError:
+        """The same error with the tensor, the position in it and the checkpoint named."""
+        position, rest = [], self.index
+        for size in reversed(shape):
+            position.append(rest % size)
+            rest //= size
+        where = f"{tensor}[{', '.join(map(str, reversed(position)))}]" if shape else tensor
+        message = f"{owner}: {where} is {self.value}: expected a finite number"
+        return NonFiniteError(self.source, self.index, self.value, message)
+
+
+class RepoError(EMRError):
+    """A merged repo cannot be read or written: it exists already, has another format version, or the disk is full."""
+
+
+class OffloadedError(EMRError):
+    """A task switch was asked of a model of which a part is offloaded; its weights cannot be rewritten in place."""
+
+
+class UnknownTaskError(EMRError, KeyError):
+    """A task that the model does not hold."""
+
+    def __init__(self, task: object, tasks: Iterable[str]):
+        self.task, self.tasks = task, list(tasks)
+        super().__init__(task)
+
+    def __str__(self) -> str:
+        near = difflib.get_close_matches(str(self.task), self.tasks, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        return f"unknown task {self.task!r}.{hint} This model holds: {', '.join(self.tasks)}"

@@ -1,0 +1,262 @@
+"""The streaming merge: from a checked plan to a repo on disk."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import bits, election
+from .configuration import EMRConfig, task_entry
+from .election import Sums
+from .errors import NonFiniteError
+from .hub import write_repo_files
+from .modeling import auto_map, head_class
+from .plan import Plan, check
+from .recipe import Recipe
+from .repo import (
+    GENERATION_CONFIG,
+    TASKS_FOLDER,
+    WeightsWriter,
+    atomic_folder,
+    copy_side_files,
+    mask_name,
+    model_name,
+    private_name,
+    rescaler_name,
+    same_side_files,
+    tau_name,
+)
+from .report import MergeReport, TaskReport
+from .sources import Reference
+
+
+def merge(
+    base: Reference,
+    finetunes: Mapping[str, Reference],
+    out: str | Path,
+    *,
+    rescale: str = "global",
+    tau_dtype: str = "float32",
+    default_task: str | None = None,
+    private: Sequence[str] = (),
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> MergeReport:
+    """Merge finetunes of one base into a repo (EMR-Merging, arXiv 2405.17461).
+
+    Tensors are streamed: memory does not grow with the number or the size of the models.
+
+    Args:
+        base: the pretrained model: a folder, a Hub id (`"me/repo@revision"`) or a loaded model.
+        finetunes: task -> finetune, each as `base`.
+        out: folder of the repo. It appears complete or not at all.
+        rescale, tau_dtype, default_task, private, max_shard_size: see [`Recipe`].
+        overwrite (*optional*): replace a merged repo at `out`.
+        progress (*optional*): whether to show a progress bar; by default where stderr is a terminal.
+
+    Returns:
+        the report that is also saved in the repo.
+
+    Raises:
+        EMRError: of the subclass that says what kind of input is wrong; nothing is left on disk.
+    """
+    recipe = Recipe(base, finetunes, rescale, tau_dtype, default_task, tuple(private), max_shard_size)
+    return merge_recipe(recipe, out, overwrite=overwrite, progress=progress)
+
+
+def merge_recipe(
+    recipe: Recipe, out: str | Path, *, overwrite: bool = False, progress: bool | None = None
+) -> MergeReport:
+    """[`merge`], for a [`Recipe`]."""
+    return run(check(recipe, out, overwrite), out, overwrite=overwrite, progress=progress)
+
+
+@torch.no_grad()
+def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: bool | None = None) -> MergeReport:
+    """Carry out a plan of [`check`]; see [`merge`]."""
+    started = time.perf_counter()
+    with atomic_folder(Path(out), overwrite) as folder:
+        for checkpoint in (plan.base, *plan.finetunes.values()):
+            checkpoint.scratch = folder
+            checkpoint.check_tied()
+        writer = WeightsWriter(folder, plan.outputs, plan.recipe.max_shard_size)
+        sums, tau_rounding = _write_merged(plan, writer, progress)
+        _write_private(plan, writer)
+        report = _report(plan, sums, tau_rounding)
+        for task, key in plan.task_keys.items():
+            writer.view(rescaler_name(key)).fill_(report.tasks[task].rescaler)
+        writer.close()
+        report.seconds = time.perf_counter() - started
+        config = _config(plan, folder, report)
+        config.save_pretrained(folder)
+        write_repo_files(folder, config, Path(out).name)
+    return report
+
+
+def _write_merged(plan: Plan, writer: WeightsWriter, progress: bool | None) -> tuple[dict[str, list[Sums]], float]:
+    """Elect every merged tensor into the files; returns each task's sums by tensor, and what rounding tau cost."""
+    sums: dict[str, list[Sums]] = {task: [] for task in plan.tasks}
+    square = square_rounding = 0.0
+    total = sum(plan.base.infos[name].numel for name in plan.merged)
+    disable = None if progress is None else not progress
+    with tqdm(total=total, desc="merging", unit=" elements", unit_scale=True, disable=disable) as bar:
+        for name in plan.merged:
+            chunks: list[list[Sums]] = []
+            for chunk in _write_tensor(plan, writer, name):
+                chunks.append(chunk.sums)
+                square += chunk.square
+                square_rounding += chunk.square_rounding
+                bar.update(chunk.where.stop - chunk.where.start)
+            for task, parts in zip(plan.tasks, zip(*chunks)):
+                sums[task].append(Sums.total(parts))
+    return sums, (square_rounding / square) ** 0.5 if square else 0.0
+
+
+def _write_tensor(plan: Plan, writer: WeightsWriter, name: str) -> Iterator[election.Elected]:
+    base_out, tau_out = (writer.view(place(name)).view(-1) for place in (model_name, tau_name))
+    mask_outs = [writer.view(mask_name(key, name)) for key in plan.task_keys.values()]
+    finetunes = [checkpoint.read(name) for checkpoint in plan.finetunes.values()]
+    # Task vectors are differences from the base as it is stored: what they are added to again.
+    base = plan.base.read(name).to(plan.stored_dtype(name))
+    tau_dtype = election.TAU_DTYPES[plan.recipe.tau_dtype]
+    try:
+        for chunk in election.elect_tensor(base, finetunes, tau_dtype):
+            base_out[chunk.where] = base.reshape(-1)[chunk.where]
+            tau_out[chunk.where] = chunk.tau
+            packed = slice(chunk.where.start // 8, bits.packed_size(chunk.where.stop))
+            for mask_out, mask in zip(mask_outs, chunk.masks):
+                mask_out[packed] = bits.pack(mask)
+            yield chunk
+    except NonFiniteError as error:
+        raise error.located(name, base.shape, ["base", *plan.tasks][error.source + 1]) from None
+
+
+def _write_private(plan: Plan, writer: WeightsWriter) -> None:
+    for task, key in plan.task_keys.items():
+        for name in plan.private:
+            value = plan.finetunes[task].read(name)
+            bad = torch.isfinite(value).logical_not().reshape(-1).nonzero()
+            if len(bad):
+                index = int(bad[0])
+                raise NonFiniteError(0, index, float(value.reshape(-1)[index])).located(name, value.shape, task)
+            writer.view(private_name(key, name)).copy_(value)
+
+
+def _report(plan: Plan, sums: Mapping[str, list[Sums]], tau_rounding: float) -> MergeReport:
+    report = MergeReport(
+        base=plan.base.source.name,
+        base_revision=plan.base.source.revision,
+        architecture=plan.architecture,
+        rescale=plan.recipe.rescale,
+        tau_dtype=plan.recipe.tau_dtype,
+        tau_rounding=tau_rounding,
+        merged_tensors=len(plan.merged),
+        merged_elements=sum(plan.base.infos[name].numel for name in plan.merged),
+        bytes_out=plan.bytes_out,
+        bytes_finetunes=plan.bytes_finetunes,
+        seconds=0.0,
+        warnings=list(plan.warnings),
+    )
+    for task, checkpoint in plan.finetunes.items():
+        total = Sums.total(sums[task])
+        rescaler = election.rescaler(sums[task], plan.recipe.rescale)
+        report.tasks[task] = TaskReport(
+            rescaler=rescaler,
+            density=total.density,
+            relative_error=total.relative_error(rescaler),
+            cosine=total.cosine,
+            sign_conflict=total.sign_conflict,
+            private_elements=sum(checkpoint.infos[name].numel for name in plan.private),
+            source=checkpoint.source.name,
+            revision=checkpoint.source.revision,
+        )
+        if total.nonzero == 0:
+            report.warnings.append(f"{task}: every merged tensor equals the base's; its task vector is zero")
+    report.warnings += _dominating(sums)
+    return report
+
+
+def _dominating(sums: Mapping[str, list[Sums]], times: float = 4.0) -> list[str]:
+    """EMR-Merging loses accuracy where one task vector is far longer than the others (docs: when to use it)."""
+    lengths = {task: Sums.total(parts).square_tau ** 0.5 for task, parts in sums.items()}
+    if len(lengths) < 2:
+        return []
+    longest = max(lengths, key=lambda task: lengths[task])
+    rest = sorted(length for task, length in lengths.items() if task != longest)
+    median = rest[len(rest) // 2]
+    if lengths[longest] <= times * median or median == 0:
+        return []
+    return [
+        f"{longest}: its task vector is {lengths[longest] / median:.1f} times as long as the others' median; "
+        "it wins most elections and the other tasks lose accuracy"
+    ]
+
+
+def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
+    """The repo's configuration; writes the tokenizers and generation settings that it names."""
+    tokenizers = _copy_tokenizers(plan, folder)
+    tasks = {}
+    for index, (task, key) in enumerate(plan.task_keys.items()):
+        source = plan.finetunes[task].source
+        tasks[task] = task_entry(
+            source.config,
+            key=key,
+            index=index,
+            private={name: _spec(plan, key, name) for name in plan.private},
+            source=source.name,
+            revision=source.revision,
+            tokenizer=tokenizers[task],
+        )
+    base_config = type(plan.config).from_dict(plan.config.to_dict())
+    base_config.dtype = plan.dtype
+    base_config.name_or_path = ""  # it may be a path of this machine
+    wrapper = head_class(plan.architecture)
+    return EMRConfig(
+        base_config=base_config,
+        base_architecture=plan.architecture,
+        base_model_name_or_path=plan.base.source.name,
+        base_revision=plan.base.source.revision,
+        tasks=tasks,
+        default_task=plan.default_task,
+        merged_parameters=plan.merged,
+        tau_dtype=plan.recipe.tau_dtype,
+        recipe=plan.recipe.published(report.base, {task: numbers.source for task, numbers in report.tasks.items()}),
+        report=asdict(report),
+        dtype=plan.dtype,
+        architectures=[wrapper.__name__],
+        auto_map=auto_map(wrapper),
+    )
+
+
+def _spec(plan: Plan, key: str, name: str) -> list[Any]:
+    info = plan.outputs[private_name(key, name)]
+    return [list(info.shape), str(info.dtype).removeprefix("torch.")]
+
+
+def _copy_tokenizers(plan: Plan, folder: Path) -> dict[str, str | None]:
+    """The default task's tokenizer at the root, others in a folder of their own where they differ."""
+    default = plan.finetunes[plan.default_task].source
+    for source in (default, plan.base.source):
+        if source.folder is not None and copy_side_files(source.folder, folder):
+            break
+    if default.model is not None and default.model.can_generate():
+        default.model.generation_config.save_pretrained(folder)
+    elif default.folder is not None and (default.folder / GENERATION_CONFIG).is_file():
+        shutil.copyfile(default.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    places: dict[str, str | None] = {}
+    for task, key in plan.task_keys.items():
+        own = plan.finetunes[task].source.folder
+        if own is None or same_side_files(own, folder) or not copy_side_files(own, folder / TASKS_FOLDER / key):
+            places[task] = None  # a loaded model, the shared tokenizer, or none at all
+        else:
+            places[task] = f"{TASKS_FOLDER}/{key}"
+    return places

@@ -1,0 +1,475 @@
+"""EMRMergedModel: one model that becomes any of its tasks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from . import bits
+from .bank import EMRBank
+from .configuration import EMRConfig
+from .election import TAU_DTYPES
+from .errors import EMRError, MismatchError, OffloadedError, OptionError
+from .repo import SHIM_NAME
+from .sources import model_class_of
+
+_GENERATIVE = ("CausalLM", "Seq2SeqLM", "SpeechSeq2Seq", "ImageTextToText", "MultimodalLM")
+# Auto classes by what users ask for first: some architectures belong to several.
+_PREFERRED = ("SequenceClassification", "ImageClassification", *_GENERATIVE, "MaskedLM")
+
+
+class _DelegatedSignature:
+    """A method whose signature is that of the wrapped model's `forward`.
+
+    `Trainer` drops the dataset's columns that `forward` does not name, and pipelines probe it for arguments.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
+
+    def __get__(self, instance: EMRMergedModel | None, owner: type) -> Any:
+        if instance is None:
+            return self.function
+        bound = functools.partial(self.function, instance)
+        if "model" in instance._modules:
+            bound.__signature__ = _with_emr_task(inspect.signature(instance.model.forward))  # type: ignore[attr-defined]
+        return bound
+
+
+def _with_emr_task(signature: inspect.Signature) -> inspect.Signature:
+    parameters = list(signature.parameters.values())
+    position = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    emr_task = inspect.Parameter("emr_task", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*parameters[:position], emr_task, *parameters[position:]])
+
+
+class EMRMergedModel(PreTrainedModel):
+    """A model merged by EMR-Merging (arXiv 2405.17461): base, unified task vector, and per task masks and a rescaler.
+
+    At any time the wrapped model, `self.model`, holds the weights of the active task. A switch rebuilds them in place
+    from the stored base, `W = base + lambda * mask * tau` (`emr_hf.bits.rebuild`), so it neither drifts nor moves a
+    weight to another address. What is trained of these weights belongs to no task: it is lost by the next switch and
+    not saved; train an adapter on top, or `merge_and_unload` first.
+
+    Not thread-safe: give each thread its own model. A key-value cache filled under one task is of no use to another.
+
+    Args:
+        config: see [`EMRConfig`].
+        emr_task (*optional*): the task to load with, `config.default_task` by default.
+
+    Example:
+
+    ```python
+    model = EMRMergedModel.from_pretrained("me/bert-emr")
+    model.tasks                                    # ['sst2', 'mnli']
+    model.set_task("mnli")
+    with model.use_task("sst2"):
+        model(**batch)
+    model(**batch, emr_task="mnli")
+    ```
+    """
+
+    config_class = EMRConfig
+    # Not "model": transformers would take every name in the checkpoint for one of the wrapped model's.
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _auto_suffix: str | None = None
+
+    def __init__(self, config: EMRConfig, emr_task: str | None = None):
+        super().__init__(config)
+        self._initial_task = emr_task or config.default_task
+        if config.tasks:
+            config.entry(self._initial_task)
+        self._check_architecture()
+        self.model = model_class_of(str(config.base_architecture))(config.base_config)
+        self._active: str | None = None
+        # Owners of the merged parameters: PEFT may rename the path to a module, not the module.
+        self._sites = {name: _site(self.model, name) for name in config.merged_parameters}
+        self._private_names = sorted({name for entry in config.tasks.values() for name in entry["private"]})
+        self._private_sites = {name: _site(self.model, name) for name in self._private_names}
+        shapes = {name: getattr(module, attr).shape for name, (module, attr) in self._sites.items()}
+        private = {entry["key"]: _private_spec(entry["private"]) for entry in config.tasks.values()}
+        self.emr = EMRBank(shapes, TAU_DTYPES[config.tau_dtype], private)
+        self._keys_to_ignore_on_load_missing = [rf"^model\.{re.escape(name)}$" for name in self._private_names]
+        self.register_state_dict_post_hook(_save_base_weights)
+        self.register_load_state_dict_post_hook(_take_loaded_base)
+        self.post_init()
+
+    def _check_architecture(self) -> None:
+        architecture = self.config.base_architecture
+        if self._auto_suffix and architecture not in _architectures(f"AutoModelFor{self._auto_suffix}"):
+            right = head_class(str(architecture)).__name__
+            raise MismatchError(
+                f"{type(self).__name__} cannot hold {architecture}: load this repo as {right}"
+                f" ({right.replace('EMRMergedModel', 'AutoModel')})"
+            )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing of the wrapper's own is trained; the wrapped model initialises itself."""
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a merged repo. `EMRMergedModel` itself picks the head class that the repo names.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            emr_task (*optional*): the task to load with.
+            kwargs: as `PreTrainedModel.from_pretrained`, but for `quantization_config`.
+        """
+        if kwargs.get("quantization_config") is not None:
+            raise OptionError(
+                "a merged model cannot be quantised on loading, its weights are rebuilt at full precision: "
+                "use merge_and_unload(task) or `emr-hf export`, and quantise the result"
+            )
+        if cls is EMRMergedModel:
+            cls = cls._class_of_repo(pretrained_model_name_or_path, kwargs)
+        return super(EMRMergedModel, cls).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @staticmethod
+    def _class_of_repo(name_or_path: Any, kwargs: dict[str, Any]) -> type[EMRMergedModel]:
+        config = kwargs.get("config")
+        if not isinstance(config, EMRConfig):
+            download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            known = {key: kwargs[key] for key in download if kwargs.get(key) is not None}
+            config = EMRConfig.from_pretrained(config or name_or_path, **known)
+        return head_class(str(config.base_architecture))
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        # The wrapped model's patterns must not match the names in the bank.
+        return {f"model.*{pattern}": kept for pattern, kept in super()._get_dtype_plan(dtype).items()}
+
+    @staticmethod
+    def _finalize_model_loading(model: EMRMergedModel, load_config: Any, loading_info: Any) -> Any:
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        model.set_task(model._initial_task)
+        return loading_info
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the whole repo: base, unified vector and every task, whichever task is active.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub (*optional*): upload it too, see [`EMRMergedModel.push_to_hub`].
+            args, kwargs: as `PreTrainedModel.save_pretrained`.
+        """
+        from .hub import push_folder, write_repo_files
+
+        names = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
+        hub_options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        folder = Path(save_directory)
+        self.set_task(self._active or self.config.default_task)
+        with self._as_saved():
+            # Names in memory are the names on disk: the bank's tensors have no other form.
+            super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+            write_repo_files(folder, self.config, folder.name)
+        if push_to_hub:
+            push_folder(folder, **{"repo_id": folder.name, **hub_options})
+
+    @contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        """The configuration of a repo: the default task's labels, and where to find the classes."""
+        self.config.apply_task(self.config.default_task)
+        self.config.architectures = [type(self).__name__]
+        self.config.auto_map = auto_map(type(self))
+        try:
+            yield
+        finally:
+            self.config.apply_task(self._active or self.config.default_task)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save and upload, with a model card of its own. The tokenizer is pushed by itself, or use `emr-hf push`.
+
+        Args:
+            repo_id: such as `"me/bert-emr"`.
+            kwargs: as [`push_folder`], and `max_shard_size`.
+        """
+        from .hub import push_model
+
+        return push_model(self, repo_id, **kwargs)
+
+    # Tasks
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks' names, in the order of merging."""
+        return list(self.config.tasks)
+
+    @property
+    def active_task(self) -> str | None:
+        """The task whose weights the model holds now; `None` before the first."""
+        return self._active
+
+    def set_task(self, task: str) -> EMRMergedModel:
+        """Become a task: rebuild the merged weights in place, install its private tensors and labels.
+
+        Args:
+            task: one of `self.tasks`.
+
+        Returns:
+            the model itself.
+
+        Raises:
+            UnknownTaskError: with the nearest names.
+            OffloadedError: part of the model is offloaded; nothing has been changed.
+        """
+        entry = self.config.entry(task)
+        if task != self._active:
+            self._check_in_memory()
+            self._activate(task, entry["key"])
+        return self
+
+    @contextmanager
+    def use_task(self, task: str) -> Iterator[EMRMergedModel]:
+        """Be a task inside a `with` block, and what the model was before afterwards.
+
+        Example:
+
+        ```python
+        with model.use_task("sst2"):
+            model(**batch)
+        ```
+        """
+        before = self._active
+        self.set_task(task)
+        try:
+            yield self
+        finally:
+            if before is not None:
+                self.set_task(before)
+
+    def _check_in_memory(self) -> None:
+        if not isinstance(getattr(self, "emr", None), EMRBank):
+            raise EMRError("merge_and_unload() has taken this model apart: load the repo again")
+        sites = {**self._sites, **self._private_sites}
+        away = [name for name, (module, attr) in sites.items() if getattr(module, attr).is_meta]
+        if away:
+            raise OffloadedError(
+                f"{len(away)} tensors are offloaded ({away[0]}, ...) and cannot be switched: load the model without "
+                "offloading, or export the task (emr-hf export) and offload that"
+            )
+
+    @torch.no_grad()
+    def _activate(self, task: str, key: str) -> None:
+        for name, (module, attr) in self._sites.items():
+            parameter = getattr(module, attr)
+            if not self.emr.base.has(name):  # the first switch: what was loaded is the base
+                self.emr.base.put(name, parameter.detach().clone(), persistent=False)
+            base, tau, packed = self.emr.base.get(name), self.emr.tau.get(name), self.emr.mask_of(key, name)
+            bits.rebuild(base, tau, packed, self.emr.rescaler.get(key), out=parameter)
+        for name, (module, attr) in self._private_sites.items():
+            _install(module, attr, self.emr.private_of(key, name))
+        self.config.apply_task(task)
+        for module in self.model.modules():
+            if "num_labels" in vars(module):
+                module.num_labels = self.config.num_labels
+        self._active = task
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRMergedModel:
+        """Move or cast. After a cast the weights are rebuilt from the cast base, as a load in that dtype has them."""
+        before = self.dtype
+        super()._apply(fn, recurse)
+        if self._active is not None and self.dtype != before:
+            self._activate(self._active, self.config.entry(self._active)["key"])
+        return self
+
+    def merge_and_unload(self, task: str | None = None) -> PreTrainedModel:
+        """Give the wrapped model with a task's weights, and free everything else. This model is of no use afterwards.
+
+        Args:
+            task (*optional*): the active one by default.
+
+        Returns:
+            a plain model of class `config.base_architecture`, bit for bit the live model on that task.
+        """
+        self.set_task(task or self._active or self.config.default_task)
+        model = self.model
+        self.emr = nn.Module()  # type: ignore[assignment]
+        return model
+
+    # Delegation
+
+    @_DelegatedSignature
+    def forward(self, *args: Any, emr_task: str | None = None, **kwargs: Any) -> Any:
+        """The wrapped model's `forward`.
+
+        Args:
+            emr_task (*optional*): switch to this task first; it stays active.
+            args, kwargs: the wrapped model's.
+        """
+        if emr_task is not None:
+            self.set_task(emr_task)
+        return self.model(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        raise EMRError("a merged model's embeddings belong to all its tasks: merge_and_unload a task to change them")
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise EMRError("a merged model's embeddings belong to all its tasks: merge_and_unload a task to resize them")
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.get_encoder(*args, **kwargs)
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.get_decoder(*args, **kwargs)
+
+
+class _Generative(GenerationMixin):
+    """Generation by the wrapped model, whose caches and inputs are its own."""
+
+    model: PreTrainedModel
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        if "model" in self._modules:  # type: ignore[attr-defined]
+            self.model.generation_config = value
+
+    def generate(self, *args: Any, emr_task: str | None = None, **kwargs: Any) -> Any:
+        """The wrapped model's `generate`; `emr_task` switches first."""
+        if emr_task is not None:
+            self.set_task(emr_task)  # type: ignore[attr-defined]
+        return self.model.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.prepare_inputs_for_generation(*args, **kwargs)
+
+
+def _site(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attr = name.rpartition(".")
+    return model.get_submodule(path), attr
+
+
+def _private_spec(private: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Floats follow the dtype the model is loaded in, as its own parameters do."""
+    spec = {}
+    for name, (shape, dtype_name) in private.items():
+        dtype = getattr(torch, dtype_name)
+        spec[name] = torch.Size(shape), torch.get_default_dtype() if dtype.is_floating_point else dtype
+    return spec
+
+
+def _install(module: nn.Module, attr: str, value: Tensor) -> None:
+    """Give a module its private tensor: in place where the shape allows it."""
+    current = getattr(module, attr)
+    if current.shape == value.shape:
+        current.copy_(value)
+        return
+    fresh = value.to(current.device, current.dtype, copy=True)
+    if isinstance(current, nn.Parameter):
+        fresh = nn.Parameter(fresh, requires_grad=current.requires_grad)
+    setattr(module, attr, fresh)
+    sizes = {
+        nn.Linear: ("out_features", "in_features"),
+        nn.Embedding: ("num_embeddings", "embedding_dim"),
+        nn.Conv2d: ("out_channels", "in_channels"),
+    }
+    for kind, names in sizes.items():
+        if isinstance(module, kind) and attr == "weight":
+            for size_name, size in zip(names, value.shape):
+                setattr(module, size_name, size)
+
+
+def _save_base_weights(model: EMRMergedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """What is saved as the model's weights is the base; private tensors are saved in the bank only."""
+    if model._active is None or not isinstance(model.emr, EMRBank):
+        return  # not loaded yet: transformers asks for the names of all that needs memory
+    base_of = {
+        id(getattr(module, attr)): model.emr.base.get(name)
+        for name, (module, attr) in model._sites.items()
+        if model.emr.base.has(name)
+    }
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in base_of and prefix + name in state_dict:
+            state_dict[prefix + name] = base_of[id(parameter)]
+    for name in model._private_names:
+        state_dict.pop(f"{prefix}model.{name}", None)
+
+
+def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:
+    """After `load_state_dict` the live weights are the base: keep them as such and rebuild the task."""
+    private = tuple(f"model.{name}" for name in model._private_names)
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if not key.endswith(private)] if private else missing
+    if model._active is None:
+        return
+    for name, (module, attr) in model._sites.items():
+        model.emr.base.get(name).copy_(getattr(module, attr).detach())
+    model._activate(model._active, model.config.entry(model._active)["key"])
+
+
+# One class per Auto class: pipelines compare the class's name with the Auto class's mapping.
+
+
+def _architectures(auto_class: str) -> set[str]:
+    """Names of the architectures that an Auto class of transformers knows."""
+    names = set()
+    for classes in getattr(transformers, auto_class)._model_mapping._model_mapping.values():
+        names.update([classes] if isinstance(classes, str) else classes)
+    return names
+
+
+def _make_head_class(suffix: str) -> type[EMRMergedModel]:
+    bases = (_Generative, EMRMergedModel) if suffix in _GENERATIVE else (EMRMergedModel,)
+    doc = f"[`EMRMergedModel`] for `AutoModelFor{suffix}`."
+    return type(f"EMRMergedModelFor{suffix}", bases, {"__module__": __name__, "__doc__": doc, "_auto_suffix": suffix})
+
+
+def _auto_suffixes() -> list[str]:
+    found = (re.fullmatch(r"AutoModelFor(\w+)", name) for name in dir(modeling_auto))
+    suffixes = [match[1] for match in found if match and hasattr(getattr(transformers, match[0]), "_model_mapping")]
+    return [*_PREFERRED, *(suffix for suffix in suffixes if suffix not in _PREFERRED)]
+
+
+HEAD_CLASSES = {suffix: _make_head_class(suffix) for suffix in _auto_suffixes()}
+globals().update({head.__name__: head for head in HEAD_CLASSES.values()})
+
+
+def head_class(architecture: str) -> type[EMRMergedModel]:
+    """The wrapper's class for an architecture; [`EMRMergedModel`] itself for a body without a head."""
+    for suffix, head in HEAD_CLASSES.items():
+        if architecture in _architectures(f"AutoModelFor{suffix}"):
+            return head
+    return EMRMergedModel
+
+
+def auto_map(model_class: type[EMRMergedModel]) -> dict[str, str]:
+    """`config.auto_map` of a repo: where to find its classes if emr_hf is not imported."""
+    module = SHIM_NAME.removesuffix(".py")
+    auto_name = model_class.__name__.replace("EMRMergedModel", "AutoModel")
+    names = {"AutoConfig": EMRConfig.__name__, "AutoModel": model_class.__name__, auto_name: model_class.__name__}
+    return {auto: f"{module}.{name}" for auto, name in names.items()}
+
+
+def register() -> None:
+    """Make the Auto classes and pipelines of transformers know merged repos."""
+    AutoConfig.register(EMRConfig.model_type, EMRConfig, exist_ok=True)
+    AutoModel.register(EMRConfig, EMRMergedModel, exist_ok=True)
+    for suffix, head in HEAD_CLASSES.items():
+        getattr(transformers, f"AutoModelFor{suffix}").register(EMRConfig, head, exist_ok=True)

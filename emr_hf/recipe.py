@@ -1,0 +1,150 @@
+"""A recipe: what to merge and how, as a validated value and as a YAML file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .election import RESCALERS, TAU_DTYPES
+from .errors import OptionError, RecipeError
+from .sources import Reference
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to merge and how.
+
+    Args:
+        base: the pretrained model: a folder, a Hub id (`me/repo@revision`) or a loaded model.
+        finetunes: task -> finetune, each as `base`. In YAML the field is called `tasks`.
+        rescale (*optional*, defaults to `"global"`): `"global"` (the paper's) or `"tensor_mean"`.
+        tau_dtype (*optional*, defaults to `"float32"`): what the unified vector is stored in; `"bfloat16"` and
+            `"float16"` halve it, the report says what they cost.
+        default_task (*optional*): active after loading; the first one by default.
+        private (*optional*): regular expressions; parameters they match are not merged but kept for each task.
+        max_shard_size (*optional*, defaults to `"5GB"`): of one file of the repo.
+
+    Raises:
+        OptionError: the field that is wrong, what was expected and what came.
+    """
+
+    base: Reference
+    finetunes: Mapping[str, Reference]
+    rescale: str = "global"
+    tau_dtype: str = "float32"
+    default_task: str | None = None
+    private: tuple[str, ...] = field(default=())
+    max_shard_size: str | int = "5GB"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.finetunes, Mapping) or not self.finetunes:
+            raise OptionError(f"expected a mapping of tasks to finetunes, with at least one, got {self.finetunes!r}")
+        for task in self.finetunes:
+            _check_task_name(task)
+        _check_choice("rescale", self.rescale, RESCALERS)
+        _check_choice("tau_dtype", self.tau_dtype, TAU_DTYPES)
+        if self.default_task is not None:
+            _check_choice("default_task", self.default_task, self.finetunes)
+        object.__setattr__(self, "private", tuple(self.private))
+        for pattern in self.private:
+            _check_pattern(pattern)
+        if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]B)?", str(self.max_shard_size)):
+            raise OptionError(f"max_shard_size={self.max_shard_size!r}: expected bytes or a size such as '5GB'")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a YAML recipe.
+
+        Relative paths are relative to the recipe's folder; `~` and environment variables are expanded. What is no
+        folder there is taken for a Hub id, unless it starts with `.`, `/` or `~`.
+
+        Raises:
+            RecipeError: the file cannot be read, or a field is missing, unknown, doubled or wrong.
+        """
+        path = Path(path)
+        content = _read_yaml(path)
+        allowed = {"tasks" if f.name == "finetunes" else f.name for f in fields(cls)}
+        for name in content:
+            if name not in allowed:
+                raise RecipeError(f"{path}: unknown field {name!r}: expected {', '.join(sorted(allowed))}")
+        for name in ("base", "tasks"):
+            if name not in content:
+                raise RecipeError(f"{path}: the field {name!r} is missing")
+        tasks = content.pop("tasks")
+        if not isinstance(tasks, dict):
+            raise RecipeError(f"{path}: tasks: expected a mapping of names to finetunes, got {tasks!r}")
+        private = content.get("private") or []
+        content["private"] = [private] if isinstance(private, str) else private
+        try:
+            content["base"] = _reference(content["base"], path.parent)
+            finetunes = {task: _reference(reference, path.parent) for task, reference in tasks.items()}
+            return cls(finetunes=finetunes, **content)
+        except (OptionError, TypeError) as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    def published(self, base: str, tasks: Mapping[str, str]) -> dict[str, Any]:
+        """The recipe as a file's content, under names that may be published in place of local paths and models.
+
+        Args:
+            base: name of the base.
+            tasks: task -> name of its finetune.
+        """
+        content: dict[str, Any] = {"base": base, "tasks": dict(tasks), "rescale": self.rescale}
+        for name in ("tau_dtype", "default_task", "private"):
+            if value := getattr(self, name):
+                content[name] = list(value) if name == "private" else value
+        return content
+
+
+def _check_task_name(task: object) -> None:
+    if not isinstance(task, str) or not task or task != task.strip() or not task.isprintable():
+        raise OptionError(f"illegal task name {task!r}: expected printable text without surrounding blanks")
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise OptionError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}")
+
+
+def _check_pattern(pattern: object) -> None:
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as error:
+        raise OptionError(f"private: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _reference(reference: object, folder: Path) -> str | Path:
+    if not isinstance(reference, str) or not reference:
+        raise OptionError(f"expected a folder or a Hub id, got {reference!r}")
+    expanded = os.path.expandvars(os.path.expanduser(reference))
+    local = folder / expanded
+    return local if local.is_dir() or expanded.startswith((".", "/", "~", "$")) else expanded
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: expected a mapping with the fields base and tasks, got {type(content).__name__}")
+    return content

