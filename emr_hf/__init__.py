@@ -16,6 +16,7 @@ from .errors import (
 )
 from .export import export
 from .hub import push_folder
+from .inspection import Inspection, inspect
 from .merging import merge, merge_recipe
 from .modeling import HEAD_CLASSES, EMRMergedModel
 from .pipelines import (
@@ -41,6 +42,7 @@ __all__ = [
     "EMRMergedModel",
     "EMRTextClassificationPipeline",
     "EMRTokenClassificationPipeline",
+    "Inspection",
     "Merge",
     "MergeReport",
     "MismatchError",
@@ -55,6 +57,7 @@ __all__ = [
     "UnknownTaskError",
     "check",
     "export",
+    "inspect",
     "merge",
     "merge_recipe",
     "merge_state_dicts",

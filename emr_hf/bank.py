@@ -35,9 +35,10 @@ class EMRBank(nn.Module):
         tau_dtype: of the unified vector.
         private: task's key -> name -> shape and dtype of its private tensors.
 
-    Buffers, saved under these names: `tau.<parameter>`, of the parameter's shape, `tau_dtype`; `mask.<key>.<parameter>`,
-    packed bits (see `emr_hf.bits`), uint8; `rescaler.<key>`, a float32 scalar; `private.<key>.<name>`. The base's
-    values are kept in `base.<parameter>` once a task has replaced them in the model; they are saved as the model's.
+    Buffers, saved under these names: `tau.<parameter>`, of the parameter's shape, `tau_dtype`;
+    `mask.<key>.<parameter>`, packed bits (see `emr_hf.bits`), uint8; `rescaler.<key>`, a float32 scalar;
+    `private.<key>.<name>`. The base's values are kept in `base.<parameter>` once a task has replaced them in the
+    model; they are saved as the model's.
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], tau_dtype: torch.dtype, private: Mapping[str, PrivateSpec]):

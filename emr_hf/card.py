@@ -51,7 +51,7 @@ def make_card(config: EMRConfig, repo_id: str) -> str:
         config: of the repo.
         repo_id: its Hub id, or a local folder's name.
     """
-    wrapper = config.architectures[0]
+    wrapper = (config.architectures or [""])[0]
     report = MergeReport.from_dict(config.report)
     base = str(config.base_model_name_or_path)
     text = _TEXT.format(

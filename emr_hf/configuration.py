@@ -12,7 +12,6 @@ from .errors import RepoError, UnknownTaskError
 from .repo import FORMAT_VERSION, MODEL_TYPE
 
 
-
 class EMRConfig(PreTrainedConfig):
     """Configuration of an [`EMRMergedModel`].
 
@@ -44,7 +43,7 @@ class EMRConfig(PreTrainedConfig):
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
     tasks: Any = None
-    default_task: str | None = None
+    default_task: str = ""
     merged_parameters: list[str] | None = None
     tau_dtype: str = "float32"
     recipe: Any = None
@@ -54,16 +53,21 @@ class EMRConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.emr_format > FORMAT_VERSION:
             raise RepoError(
-                f"the repo's format is version {self.emr_format}, this emr_hf reads up to {FORMAT_VERSION}: upgrade emr_hf"
+                f"the repo's format is version {self.emr_format}, this emr_hf reads up to {FORMAT_VERSION}: "
+                "upgrade emr_hf"
             )
         super().__post_init__(**kwargs)
         # JSON knows no integer keys and is written sorted: restore both.
         tasks = sorted((self.tasks or {}).items(), key=lambda item: item[1]["index"])
         self.tasks = {task: {**entry, "id2label": _int_keys(entry["id2label"])} for task, entry in tasks}
+        for record in (self.recipe, self.report):
+            if record is not None:
+                record["tasks"] = {task: record["tasks"][task] for task in self.tasks}
         self.merged_parameters = self.merged_parameters or []
         self.is_encoder_decoder = self.base_config.is_encoder_decoder
         if self.tasks:
-            self.apply_task(self.default_task or next(iter(self.tasks)))
+            self.default_task = self.default_task or next(iter(self.tasks))
+            self.apply_task(self.default_task)
 
     def __getattr__(self, name: str) -> Any:
         # Only called for what the wrapper's configuration lacks.
@@ -98,7 +102,7 @@ class EMRConfig(PreTrainedConfig):
 
 def task_entry(config: PreTrainedConfig, **entry: Any) -> dict[str, Any]:
     """A value of `EMRConfig.tasks`, with what follows the task taken from the finetune's configuration."""
-    return {"id2label": dict(config.id2label), "problem_type": config.problem_type, **entry}
+    return {"id2label": dict(config.id2label or {}), "problem_type": config.problem_type, **entry}
 
 
 def _int_keys(id2label: dict[Any, str]) -> dict[int, str]:

@@ -4,9 +4,9 @@ Symbols, for one tensor of n elements and N tasks:
 
     base        W0                                  any float dtype
     task vector tau_t   = W_t - W0                  float32, whatever the checkpoints' dtype
-    sign        gamma   = sign(sum_t tau_t)         of the exact sum; a sum of exactly zero elects nothing
-    unified     tau     = gamma * max |tau_t|       the maximum over the tasks whose sign is gamma
-    mask        M_t     = [sign(tau_t) == gamma]    where gamma != 0
+    sign        gamma   = sign(sum_t tau_t)         of the exact sum; -1 for a sum of exactly zero
+    unified     tau     = gamma * max |tau_t|       the maximum over the tasks whose sign is gamma, 0 if there is none
+    mask        M_t     = [sign(tau_t) == sign(tau) != 0]
     rescaler    lambda_t= sum |tau_t| / sum M_t |tau|
     use         W_t'    = W0 + lambda_t M_t tau     (see `emr_hf.bits.rebuild`)
 """
@@ -45,14 +45,15 @@ def sign_of_sum(taus: Tensor) -> Tensor:
         taus: `(N, n)` float32, finite.
 
     Returns:
-        `(n,)` float32 of -1, 0 and 1. A sum of exactly zero (a tie, or no task moved) has sign 0.
+        `(n,)` float32 of -1 and 1. A sum of exactly zero elects -1, as the reference code does: in a tie some task
+        has to lose, and where no task moved the unified vector is 0 all the same.
     """
     total = taus.sum(0, dtype=torch.float64)
     error_bound = taus.abs().sum(0, dtype=torch.float64) * (len(taus) * 2.0**-52)
     unsure = (total.abs() <= error_bound) & (error_bound > 0)
     if unsure.any():
         total[unsure] = _exact_sums(taus[:, unsure].to(torch.float64))
-    return total.sign().to(torch.float32)
+    return torch.where(total > 0, 1.0, -1.0)
 
 
 def _exact_sums(columns: Tensor) -> Tensor:
@@ -80,11 +81,11 @@ def elect(taus: Tensor) -> Tensor:
         taus: `(N, n)` float32 task vectors, finite.
 
     Returns:
-        `(n,)` float32; 0 where the tasks' sum is exactly zero.
+        `(n,)` float32; 0 where no task moved.
     """
     sign = sign_of_sum(taus)  # (n,)
     agreeing = (taus * sign).clamp_min_(0)  # (N, n): |tau_t| where the signs agree, else 0
-    return sign * agreeing.amax(0)
+    return sign * agreeing.amax(0) + 0.0  # no -0.0
 
 
 def mask(tau_t: Tensor, tau: Tensor) -> Tensor:
@@ -112,8 +113,9 @@ class Sums:
     def total(cls, parts: Iterable[Sums]) -> Sums:
         """Sum over tensors, correctly rounded, so that the tensors' order does not matter."""
         rows = [vars(part) for part in parts]
-        exact = {name: math.fsum(row[name] for row in rows) for name in vars(cls())}
-        return cls(**{name: int(v) if name in ("numel", "nonzero", "kept") else v for name, v in exact.items()})
+        counts = {name: sum(row[name] for row in rows) for name in ("numel", "nonzero", "kept")}
+        sums = {name: math.fsum(row[name] for row in rows) for name in vars(cls()) if name not in counts}
+        return cls(**counts, **sums)  # type: ignore[arg-type]
 
     @property
     def density(self) -> float:

@@ -1,4 +1,7 @@
-"""Every error this package raises on bad input: one hierarchy, each naming the offender, what was expected, what came."""
+"""Every error that this package raises on bad input, in one hierarchy.
+
+Each names the offender, what was expected and what came.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,7 @@ class UnknownTaskError(EMRError, KeyError):
         super().__init__(task)
 
     def __str__(self) -> str:
-        near = difflib.get_close_matches(str(self.task), self.tasks, n=3)
+        by_lower = {name.lower(): name for name in self.tasks}
+        near = [by_lower[name] for name in difflib.get_close_matches(str(self.task).lower(), by_lower, n=3)]
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         return f"unknown task {self.task!r}.{hint} This model holds: {', '.join(self.tasks)}"

