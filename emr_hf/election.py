@@ -25,8 +25,7 @@ from .errors import NonFiniteError, OptionError
 RESCALERS = ("global", "tensor_mean")
 TAU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Elements elected at a time. Sums are taken chunk by chunk, so this number is part of how a result is rounded:
-# every way into the election uses the same one.
+# Elements of all tasks' vectors together that are worked on at a time: few enough for the cache, whatever N.
 CHUNK = 1 << 18
 
 
@@ -49,7 +48,8 @@ def sign_of_sum(taus: Tensor) -> Tensor:
         has to lose, and where no task moved the unified vector is 0 all the same.
     """
     total = taus.sum(0, dtype=torch.float64)
-    error_bound = taus.abs().sum(0, dtype=torch.float64) * (len(taus) * 2.0**-52)
+    lowest, highest = taus.aminmax(dim=0)
+    error_bound = torch.maximum(-lowest, highest).to(torch.float64) * (len(taus) ** 2 * 2.0**-52)
     unsure = (total.abs() <= error_bound) & (error_bound > 0)
     if unsure.any():
         total[unsure] = _exact_sums(taus[:, unsure].to(torch.float64))
@@ -89,11 +89,8 @@ def elect(taus: Tensor) -> Tensor:
 
 
 def mask(tau_t: Tensor, tau: Tensor) -> Tensor:
-    """M_t = [sign(tau_t) == sign(tau) != 0], bool, broadcast over the inputs.
-
-    Signs are compared, not a product with zero: a product underflows.
-    """
-    return ((tau_t > 0) & (tau > 0)) | ((tau_t < 0) & (tau < 0))
+    """M_t = [sign(tau_t) == sign(tau) != 0], bool, broadcast over the inputs."""
+    return tau_t * tau.sign() > 0  # by tau's sign: a product with tau itself underflows
 
 
 @dataclass
@@ -182,7 +179,7 @@ class Elected:
 def elect_chunk(
     base: Tensor, finetunes: Sequence[Tensor], tau_dtype: torch.dtype = torch.float32, start: int = 0
 ) -> Elected:
-    """Elect at most `CHUNK` elements.
+    """Elect some elements of a tensor.
 
     Args:
         base: `(n,)`, any float dtype.
@@ -195,7 +192,8 @@ def elect_chunk(
         OptionError: the unified vector overflows `tau_dtype`.
     """
     taus = torch.stack([task_vector(finetune, base) for finetune in finetunes])  # (N, n)
-    abs_tau = taus.abs().sum(1, dtype=torch.float64)
+    wide = taus.to(torch.float64)  # squares of small float32 numbers underflow in float32
+    abs_tau = wide.abs().sum(1)
     if not torch.isfinite(abs_tau).all():
         raise _non_finite(base, finetunes, taus, start)
     exact = elect(taus)
@@ -204,15 +202,15 @@ def elect_chunk(
     if not torch.isfinite(used).all():
         raise OptionError(f"the unified task vector overflows {tau_dtype}: choose tau_dtype='float32' or 'bfloat16'")
     masks = mask(taus, used)  # (N, n)
-    kept = masks * used
+    kept = masks * used.abs().to(torch.float64)  # |tau| in the mask
     columns = zip(
-        taus.ne(0).sum(1).tolist(),
-        masks.sum(1).tolist(),
+        taus.count_nonzero(1).tolist(),
+        masks.count_nonzero(1).tolist(),
         abs_tau.tolist(),
-        kept.abs().sum(1, dtype=torch.float64).tolist(),
-        _sum_of_products(taus, taus),
-        _sum_of_products(kept, kept),
-        _sum_of_products(taus, kept),
+        kept.sum(1).tolist(),
+        torch.linalg.vecdot(wide, wide).tolist(),  # row by row: a matrix product's rounding depends on the row's place
+        torch.linalg.vecdot(kept, kept).tolist(),
+        torch.linalg.vecdot(wide.abs_(), kept).tolist(),
     )
     return Elected(
         where=slice(start, start + base.numel()),
@@ -224,11 +222,6 @@ def elect_chunk(
     )
 
 
-def _sum_of_products(a: Tensor, b: Tensor) -> list[float]:
-    # Squares of small float32 numbers underflow in float32.
-    return (a.to(torch.float64) * b).sum(1).tolist()
-
-
 def _non_finite(base: Tensor, finetunes: Sequence[Tensor], taus: Tensor, start: int) -> NonFiniteError:
     for source, values in enumerate([base, *finetunes], start=-1):
         bad = torch.isfinite(values).logical_not().nonzero()
@@ -236,6 +229,14 @@ def _non_finite(base: Tensor, finetunes: Sequence[Tensor], taus: Tensor, start: 
             return NonFiniteError(source, start + int(bad[0]), float(values[bad[0]]))
     task, index = (int(i) for i in torch.isfinite(taus).logical_not().nonzero()[0])
     return NonFiniteError(task, start + index, float(taus[task, index]))
+
+
+def chunk_size(tasks: int) -> int:
+    """Elements of a tensor elected at a time: a multiple of 8, so that every chunk's masks end on a whole byte.
+
+    Sums are taken chunk by chunk, so this is part of how lambda is rounded; every way into the election has the same.
+    """
+    return max(CHUNK // tasks // 8, 1) * 8
 
 
 def elect_tensor(
@@ -249,8 +250,9 @@ def elect_tensor(
         tau_dtype: as for [`elect_chunk`], which says what is raised.
     """
     flat = [tensor.reshape(-1) for tensor in (base, *finetunes)]
-    for start in range(0, base.numel(), CHUNK):
-        chunk = [tensor[start : start + CHUNK] for tensor in flat]
+    step = chunk_size(len(finetunes))
+    for start in range(0, base.numel(), step):
+        chunk = [tensor[start : start + step] for tensor in flat]
         yield elect_chunk(chunk[0], chunk[1:], tau_dtype, start)
 
 

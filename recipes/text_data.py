@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry import ORANGE_TEXT, PATTERN, Package, fetch
+from training import SEED
 
 TEST_ROWS = 1000
-SEED = 0
 
 Row = tuple[str, str]
 """A text and its label."""

@@ -12,7 +12,12 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelInfo, get_local_safetensors_metadata
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    NotASafetensorsRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -56,7 +61,7 @@ def assert_same_bits(one, other):
     assert one.keys() == other.keys()
     for name in one:
         assert one[name].dtype == other[name].dtype, name
-        assert torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)), name
+        assert torch.equal(*(side[name].reshape(-1).view(torch.uint8) for side in (one, other))), name
 
 
 # Kinds of input. Each turns a folder with safetensors into another reference to the same weights.
@@ -66,7 +71,7 @@ def sharded_safetensors(folder, to):
     copy_of(folder, to)
     tensors = load_file(to / "model.safetensors")
     (to / "model.safetensors").unlink()
-    return write_shards(to, tensors, "model", ".safetensors", lambda part, file: save_file(part, file, {"format": "pt"}))
+    return write_shards(to, tensors, "model", ".safetensors", save_file)
 
 
 def write_shards(to, tensors, stem, suffix, save):
@@ -327,6 +332,17 @@ def test_an_unknown_hub_id_is_named(hub, hub_finetunes, reference):
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(hub_finetunes):
     with pytest.raises(emr_hf.CheckpointError, match="base: 'google/tiny-bert' .*Hub"):
+        emr_hf.check(emr_hf.Recipe("google/tiny-bert", hub_finetunes))
+
+
+def test_a_refused_connection_is_one_clear_error(hub, hub_finetunes, monkeypatch):
+    transport_error = HfHubHTTPError.__bases__[0]  # of huggingface_hub's HTTP client, and no OSError
+
+    def refuse(*args, **kwargs):
+        raise transport_error("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(hub, "model_info", refuse)
+    with pytest.raises(emr_hf.CheckpointError, match="base: 'google/tiny-bert' .*Connection refused"):
         emr_hf.check(emr_hf.Recipe("google/tiny-bert", hub_finetunes))
 
 

@@ -1,0 +1,35 @@
+# `make demo` and `make test` set themselves up: Python 3.11+, git and make are all they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROCESSES ?= auto
+
+.PHONY: help demo test quality style clean
+help:
+	@echo "make demo     fetch a real encoder and four text tasks, finetune, merge, evaluate (first time: minutes)"
+	@echo "make test     lint, type-check and run the tests"
+	@echo "make style    format the code"
+	@echo "make clean    remove the virtual environment"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python recipes/demo.py $(DEMO_ARGS)
+
+test: quality
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(PROCESSES)
+
+quality: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)

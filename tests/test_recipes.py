@@ -1,0 +1,295 @@
+"""The recipes' own parts, without the network; the demo on the real thing is marked slow."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import cache  # noqa: E402
+import demo  # noqa: E402
+import registry  # noqa: E402
+import text  # noqa: E402
+import text_data  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMR_HF_CACHE", str(tmp_path / "cache"))
+
+
+# The cache.
+
+
+def test_cache_root_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("EMR_HF_CACHE", "~/elsewhere")
+    assert cache.cache_root() == Path.home() / "elsewhere"
+    monkeypatch.setenv("EMR_HF_CACHE", "")
+    assert cache.cache_root() == Path.home() / ".cache" / "emr_hf"
+
+
+class Work:
+    """Counts how often it is done."""
+
+    def __init__(self, error: BaseException | None = None):
+        self.times, self.error = 0, error
+
+    def __call__(self, folder: Path) -> None:
+        self.times += 1
+        (folder / "part").write_text(str(self.times))
+        if self.error:
+            raise self.error
+
+
+def test_the_same_settings_build_once(tmp_path):
+    work, folder = Work(), tmp_path / "deep" / "result"
+    for _ in range(2):
+        assert cache.build_once(folder, {"rows": 3, "tasks": ["a"]}, work) == folder
+    assert work.times == 1
+    assert sorted(path.name for path in folder.iterdir()) == [cache.RECORD, "part"]
+
+
+def test_other_settings_build_again(tmp_path):
+    work = Work()
+    for rows in (3, 4):
+        cache.build_once(tmp_path / "result", {"rows": rows}, work)
+    assert (tmp_path / "result" / "part").read_text() == "2"
+    assert json.loads((tmp_path / "result" / cache.RECORD).read_text()) == {"rows": 4}
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt()])
+def test_an_interrupted_build_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)):
+        cache.build_once(tmp_path / "result", {}, Work(error))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_rebuild_leaves_the_old_result(tmp_path):
+    cache.build_once(tmp_path / "result", {"rows": 3}, Work())
+    with pytest.raises(RuntimeError):
+        cache.build_once(tmp_path / "result", {"rows": 4}, Work(RuntimeError()))
+    assert json.loads((tmp_path / "result" / cache.RECORD).read_text()) == {"rows": 3}
+
+
+def test_a_folder_without_record_is_not_finished(tmp_path):
+    (tmp_path / "result").mkdir()
+    work = Work()
+    cache.build_once(tmp_path / "result", {}, work)
+    assert work.times == 1
+
+
+def test_folder_bytes_leave_the_record_out(tmp_path):
+    folder = cache.build_once(tmp_path / "result", {"long": "x" * 99}, Work())
+    assert cache.folder_bytes(folder) == 1
+
+
+# Packages.
+
+
+def write_wheel(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("thing/data/deep/a.txt", "a")
+        wheel.writestr("thing/code.py", "raise SystemExit")
+
+
+def write_source(path: Path) -> None:
+    with tarfile.open(path, "w:gz") as source:
+        for name in ("thing/data/deep/a.txt", "thing/setup.py"):
+            local = path.with_name("member")
+            local.write_text("a")
+            source.add(local, name)
+
+
+@pytest.fixture(params=[write_wheel, write_source])
+def archive(request, tmp_path):
+    path = tmp_path / "thing-1.0.archive"
+    request.param(path)
+    return path
+
+
+def package_of(archive: Path, **changes: str) -> registry.Package:
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    return dataclasses.replace(registry.Package("thing", "1.0", digest, "thing/data/"), **changes)
+
+
+def serve(monkeypatch, archive: Path) -> None:
+    monkeypatch.setattr(registry, "pip_download", lambda package, folder: archive)
+
+
+def test_fetch_unpacks_what_is_wanted_and_only_once(monkeypatch, archive):
+    serve(monkeypatch, archive)
+    folder = registry.fetch(package_of(archive))
+    assert [str(p.relative_to(folder)) for p in folder.rglob("*.*")] == [cache.RECORD, "deep/a.txt"]
+    monkeypatch.delattr(registry, "pip_download")
+    assert registry.fetch(package_of(archive)) == folder
+
+
+def test_a_changed_file_is_refused_and_not_kept(monkeypatch, archive):
+    serve(monkeypatch, archive)
+    with pytest.raises(registry.FetchError, match=f"expected sha256 {'0' * 64}, received [0-9a-f]{{64}}"):
+        registry.fetch(package_of(archive, sha256="0" * 64))
+    assert list((cache.cache_root() / "packages").iterdir()) == []
+
+
+def test_a_package_without_the_wanted_files_is_refused(monkeypatch, archive):
+    serve(monkeypatch, archive)
+    with pytest.raises(registry.FetchError, match="holds no file under 'other/'"):
+        registry.fetch(package_of(archive, keep="other/"))
+
+
+def test_a_path_out_of_the_folder_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bad.whl", "w") as wheel:
+        wheel.writestr("data/../../evil", "")
+    with pytest.raises(registry.FetchError, match="outside"):
+        registry.unpack(tmp_path / "bad.whl", "data/", tmp_path / "out")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_pip_failing_is_explained(monkeypatch, archive):
+    said = "WARNING: Location 'x' is ignored\nERROR: No matching distribution found for thing==1.0\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, stderr=said))
+    with pytest.raises(registry.FetchError, match=r"could not download thing==1\.0[\s\S]*ERROR: No matching") as error:
+        registry.fetch(package_of(archive))
+    assert "Location" not in str(error.value)
+
+
+def test_pip_is_told_the_digest(monkeypatch, archive, tmp_path):
+    def pip(command, **_):
+        (requirements,) = tmp_path.glob("requirements.txt")
+        assert requirements.read_text() == f"thing==1.0 --hash=sha256:{package_of(archive).sha256}\n"
+        assert {"--require-hashes", "--no-deps"} <= set(command)
+        archive.rename(tmp_path / "downloads" / "thing.whl")
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    package = package_of(archive)
+    (tmp_path / "downloads").mkdir()
+    tmp_path = tmp_path / "downloads"
+    monkeypatch.setattr(subprocess, "run", lambda command, **kw: fake_pip(command, archive, tmp_path))
+    assert registry.pip_download(package, tmp_path).name == "thing.whl"
+
+
+def fake_pip(command, archive: Path, folder: Path) -> subprocess.CompletedProcess:
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert (folder / "requirements.txt").read_text() == f"thing==1.0 --hash=sha256:{digest}\n"
+    assert {"--require-hashes", "--no-deps"} <= set(command)
+    archive.rename(folder / "thing.whl")
+    return subprocess.CompletedProcess(command, 0, stderr="")
+
+
+# Text tasks.
+
+ROWS = [(f"text {i}", "ab"[i % 2]) for i in range(20)]
+
+
+def test_distinct_keeps_the_first_of_a_text_and_no_empty_one():
+    rows = [("One  Text", "a"), ("one text ", "b"), ("", "a"), (" \n", "a"), ("two", "b")]
+    assert text_data.distinct(rows) == [("One  Text", "a"), ("two", "b")]
+    assert text_data.distinct(rows, seen=["TWO"]) == [("One  Text", "a")]
+
+
+def test_split_without_official_test_rows():
+    split = text_data.split_rows(ROWS * 2, None, train=12, test=5, seed=0)
+    assert (len(split.train), len(split.test)) == (12, 5)
+    assert not set(split.train) & set(split.test)
+    assert split == text_data.split_rows(ROWS * 2, None, train=12, test=5, seed=0)
+    assert split != text_data.split_rows(ROWS * 2, None, train=12, test=5, seed=1)
+
+
+def test_fewer_training_rows_change_no_test_row():
+    official = [(f"other {i}", "a") for i in range(9)]
+    for test_rows in (None, official):
+        few, many = (text_data.split_rows(ROWS, test_rows, train, 5, seed=0) for train in (2, 12))
+        assert few.train == many.train[:2]
+        assert few.test == many.test or test_rows is not None
+
+
+def test_official_test_rows_stay_out_of_training():
+    official = [("TEXT 3", "a"), ("new", "b"), ("new", "b")]
+    split = text_data.split_rows(ROWS, official, train=99, test=99, seed=0)
+    assert sorted(split.test) == [("TEXT 3", "a"), ("new", "b")]
+    assert len(split.train) == 19 and ("text 3", "b") not in split.train
+
+
+def test_labels_are_the_training_rows_in_order():
+    assert text_data.Split(train=[("x", "b"), ("y", "a"), ("z", "b")], test=[]).labels == ["a", "b"]
+
+
+def test_read_tab(tmp_path):
+    (tmp_path / "x.tab").write_text('Category\tText\nd\tstring\nclass\t\n\na\t"one ""two""\nthree"\n')
+    assert text_data.read_tab(tmp_path / "x.tab") == [{"Category": "a", "Text": 'one "two"\nthree'}]
+
+
+def test_tweets_lose_links_and_retweets(tmp_path):
+    lines = ["Is retweet\tAuthor\tContent", "\t\t", "\t\t", "False\tme\thttps://t.co/a hi http://b.c", "True\tme\tyo"]
+    (tmp_path / "election-tweets-2016.tab").write_text("\n".join(lines))
+    assert text_data.read_tweets(tmp_path) == ([("hi", "me")], None)
+
+
+def test_polarity(tmp_path):
+    (tmp_path / "polarity-en-pang&lee2.csv").write_text('\ufeff"1","good , ""really""\n"\n"-1","bad"\n')
+    rows, official = text_data.read_polarity(tmp_path)
+    assert rows == [('good , "really"', "positive"), ("bad", "negative")] and official is None
+
+
+def test_settings_tell_every_training_apart():
+    tasks = [*text_data.TASKS.values()]
+    tasks += [dataclasses.replace(tasks[0], **{size: 1}) for size in ("train_rows", "epochs", "max_length")]
+    settings = [json.dumps(text.training_settings(task)) for task in tasks]
+    settings.append(json.dumps(text.training_settings(tasks[0], quick=True)))
+    assert len(set(settings)) == len(settings)
+    assert text.models_folder(quick=True) != text.models_folder()
+
+
+# The demo.
+
+
+def test_recipe_names_the_tasks_and_where_they_are_made():
+    content = yaml.safe_load(demo.RECIPE.read_text())
+    folder = text.models_folder()
+    os.environ["EMR_HF_CACHE"] = str(cache.cache_root())
+    made = {name: str(folder / name) for name in text_data.TASKS}
+    assert {name: os.path.expandvars(path) for name, path in content["tasks"].items()} == made
+
+
+def test_score_table():
+    scores = {
+        "individual": {"a": 0.8, "b": 0.9},
+        "weight average": {"a": 0.4, "b": 0.45},
+        "EMR": {"a": 0.8, "b": 0.72},
+    }
+    header, rows = demo.score_table(scores)
+    assert header == ["task", "individual", "weight average", "EMR", "EMR keeps"]
+    assert rows == [
+        ["a", "80.0%", "40.0%", "80.0%", "100.0%"],
+        ["b", "90.0%", "45.0%", "72.0%", "80.0%"],
+        ["average", "85.0%", "42.5%", "76.0%", "89.4%"],
+        ["share of individual", "100.0%", "50.0%", "89.4%", ""],
+    ]
+
+
+def test_without_head():
+    model = torch.nn.ModuleDict({"bert": torch.nn.Linear(1, 1), "classifier": torch.nn.Linear(1, 1)})
+    assert demo.without_head(model).keys() == {"bert.weight", "bert.bias"}
+
+
+@pytest.mark.slow
+def test_demo_runs(tmp_path):
+    """Downloads 145 MB unless `EMR_HF_CACHE` was set for the test run."""
+    done = subprocess.run([sys.executable, RECIPES / "demo.py", "--quick", "--markdown"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"| {name} |" in done.stdout for name in text_data.TASKS)
+    assert "EMR keeps" in done.stdout and "Switching" in done.stdout

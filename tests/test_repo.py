@@ -1,0 +1,335 @@
+"""The repo on disk: valid safetensors, written once, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import emr_hf
+from emr_hf import merging, repo
+from emr_hf.sources import TensorInfo
+from tests import tiny
+from tests.test_sources import assert_same_bits, stored_tensors
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+INFOS = st.dictionaries(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12),
+    st.builds(TensorInfo, st.lists(st.integers(0, 5), max_size=3).map(tuple), st.sampled_from(DTYPES)),
+    min_size=1,
+    max_size=12,
+)
+
+
+# Files
+
+
+@settings(max_examples=60, deadline=None)
+@given(infos=INFOS, size=st.sampled_from([1, 40, 200, "1KB", "5GB"]), seed=st.integers(0, 99))
+def test_what_is_written_is_what_safetensors_reads(tmp_path_factory, infos, size, seed):
+    folder = tmp_path_factory.mktemp("files")
+    generator = torch.Generator().manual_seed(seed)
+    expected = {n: torch.rand(i.shape, generator=generator).mul(9).to(i.dtype) for n, i in infos.items()}
+    writer = repo.WeightsWriter(folder, infos, size)
+    for name in reversed(list(infos)):
+        writer.view(name).copy_(expected[name])
+    writer.close()
+    assert_same_bits(stored_tensors(folder), expected)
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("size", [1, 20_000, "20KB", "5GB"])
+def test_a_repo_of_any_shard_size_loads_and_holds_the_same(bert_inputs, bert_repo, tmp_path, size):
+    emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "out", max_shard_size=size)
+    assert_same_bits(stored_tensors(tmp_path / "out"), stored_tensors(bert_repo))
+    expected = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="items").model.state_dict()
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").set_task("items")
+    assert_same_bits(loaded.model.state_dict(), expected)
+
+
+def test_an_index_names_every_tensor_and_its_shard(bert_inputs, tmp_path):
+    emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "out", max_shard_size="20KB")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = {file: set(load_file(tmp_path / "out" / file)) for file in set(index["weight_map"].values())}
+    assert len(shards) > 2
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == set(shards)
+    assert all(name in shards[file] for name, file in index["weight_map"].items())
+    assert sum(map(len, shards.values())) == len(index["weight_map"])
+    sizes = [tensor.nbytes for tensor in stored_tensors(tmp_path / "out").values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+def test_tensors_start_where_their_dtype_is_aligned(bert_repo):
+    content = (bert_repo / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    width = {"F32": 4, "U8": 1}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            assert (8 + size + entry["data_offsets"][0]) % width[entry["dtype"]] == 0, name
+
+
+@pytest.mark.parametrize("size", ["20KB", "5GB"])
+def test_an_exported_task_loads_with_transformers_alone(bert_repo, tmp_path, size):
+    emr_hf.export(bert_repo, "mnli.v1", tmp_path / "plain", max_shard_size=size)
+    assert (tmp_path / "plain" / "model.safetensors.index.json").exists() == (size == "20KB")
+    plain = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "plain")
+    live = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="mnli.v1")
+    assert_same_bits(plain.state_dict(), live.model.state_dict())
+
+
+def test_a_repo_names_no_path_of_the_machine_that_made_it(bert_inputs, bert_repo):
+    for path in bert_repo.iterdir():
+        assert str(bert_inputs.base.parent).encode() not in path.read_bytes(), path.name
+        assert str(bert_repo.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_two_merges_of_one_recipe_are_the_same_bytes(bert_inputs, bert_repo, tmp_path):
+    emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (bert_repo / "model.safetensors").read_bytes()
+
+
+def test_saving_and_loading_keeps_everything(bert_repo, tmp_path):
+    model = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="items")
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert_same_bits(stored_tensors(tmp_path / "again"), stored_tensors(bert_repo))
+    for name in ("emr_report.json", "modeling_emr_hf.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (bert_repo / name).read_bytes()
+
+
+# Complete or not at all
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("struck by lightning")
+
+
+STAGES = {
+    "at the first tensor": (merging, "_write_tensor"),
+    "between merged and private tensors": (merging, "_write_private"),
+    "before the weights are flushed": (repo.WeightsWriter, "close"),
+    "before the configuration": (emr_hf.EMRConfig, "save_pretrained"),
+    "before the card": (merging, "write_repo_files"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=list(STAGES))
+@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt, MemoryError, SystemExit])
+def test_an_interrupted_merge_leaves_nothing(bert_inputs, tmp_path, monkeypatch, stage, interruption):
+    def interrupt(*args, **kwargs):
+        raise interruption("struck by lightning")
+
+    monkeypatch.setattr(*stage, interrupt)
+    with pytest.raises(interruption):
+        emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=list(STAGES))
+def test_an_interrupted_merge_leaves_the_old_repo(bert_inputs, tmp_path, monkeypatch, stage):
+    out = tmp_path / "out"
+    emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(*stage, fail)
+    with pytest.raises(RuntimeError, match="lightning"):
+        emr_hf.merge(bert_inputs.base, {"only": bert_inputs.finetunes["items"]}, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_rename_that_fails_leaves_the_old_repo(bert_inputs, tmp_path, monkeypatch, failing):
+    out = tmp_path / "out"
+    emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    calls, rename = [], type(out).rename
+
+    def rename_or_fail(self, target):
+        calls.append(target)
+        if len(calls) == failing:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(out), "rename", rename_or_fail)
+    with pytest.raises(emr_hf.RepoError, match="Input/output error"):
+        emr_hf.merge(bert_inputs.base, {"only": bert_inputs.finetunes["items"]}, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_export_leaves_nothing(bert_repo, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "save_pretrained", fail)
+    with pytest.raises(RuntimeError, match="lightning"):
+        emr_hf.export(bert_repo, "items", tmp_path / "plain")
+    with pytest.raises(emr_hf.UnknownTaskError):
+        emr_hf.export(bert_repo, "item", tmp_path / "plain")
+    assert not any(tmp_path.iterdir())
+
+
+# One process imports emr_hf once; each of its children is killed at another point of a merge.
+KILLED = """
+import os, pathlib, signal, sys
+import torch
+torch.set_num_threads(1)
+import emr_hf
+from emr_hf import merging, repo
+
+base, finetune, folder = map(pathlib.Path, sys.argv[1:])
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def after(function):
+    def run(*args, **kwargs):
+        result = function(*args, **kwargs)
+        kill()
+    return run
+
+path_type = type(folder)
+points = {
+    "tensor": lambda: setattr(merging.bits, "pack", kill),
+    "private": lambda: setattr(merging, "_write_private", kill),
+    "config": lambda: setattr(emr_hf.EMRConfig, "save_pretrained", kill),
+    "card": lambda: setattr(merging, "write_repo_files", kill),
+    "rename": lambda: setattr(path_type, "rename", kill),
+    "renamed": lambda: setattr(path_type, "rename", after(path_type.rename)),
+}
+for name, patch in points.items():
+    for out, overwrite in ((folder / f"new-{name}", False), (folder / f"old-{name}", True)):
+        child = os.fork()
+        if child == 0:
+            patch()
+            emr_hf.merge(base, {"only": finetune}, out, overwrite=overwrite, progress=False)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, overwrite, status)
+"""
+POINTS = ("tensor", "private", "config", "card", "rename", "renamed")
+
+
+@pytest.fixture(scope="module")
+def killed(bert_inputs, bert_repo, tmp_path_factory):
+    """A folder where merges were killed: `new-*` had no repo before, `old-*` had a copy of `bert_repo`."""
+    folder = tmp_path_factory.mktemp("killed")
+    for point in POINTS:
+        shutil.copytree(bert_repo, folder / f"old-{point}")
+    arguments = [str(path) for path in (bert_inputs.base, bert_inputs.finetunes["items"], folder)]
+    subprocess.run([sys.executable, "-c", KILLED, *arguments], check=True, timeout=120, env={**os.environ})
+    return folder
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_merge_leaves_no_half_repo(killed, point):
+    out = killed / f"new-{point}"
+    if out.exists():
+        assert emr_hf.EMRMergedModel.from_pretrained(out).tasks == ["only"]
+        assert (out / "README.md").exists()
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_merge_leaves_the_old_repo_or_the_new_one(killed, bert_repo, point):
+    out = killed / f"old-{point}"
+    tasks = emr_hf.EMRMergedModel.from_pretrained(out).tasks
+    assert tasks in (["only"], ["glue/sst2", "mnli.v1", "items"])
+    if tasks != ["only"]:
+        assert_same_bits(stored_tensors(out), stored_tensors(bert_repo))
+
+
+@pytest.mark.parametrize("point", ["tensor", "renamed"])
+def test_after_a_killed_merge_the_same_merge_works(killed, bert_inputs, point):
+    out = killed / f"new-{point}"
+    emr_hf.merge(bert_inputs.base, {"only": bert_inputs.finetunes["items"]}, out, overwrite=True)
+    assert emr_hf.EMRMergedModel.from_pretrained(out).tasks == ["only"]
+
+
+# Spoilt repos
+
+
+def test_a_truncated_repo_is_named(bert_repo, tmp_path):
+    spoilt = shutil.copytree(bert_repo, tmp_path / "spoilt")
+    content = (spoilt / "model.safetensors").read_bytes()
+    for size in (0, 100, len(content) - 1):
+        (spoilt / "model.safetensors").write_bytes(content[:size])
+        for use in (emr_hf.inspect, lambda path: emr_hf.export(path, "items", tmp_path / "plain")):
+            with pytest.raises(emr_hf.EMRError, match="spoilt"):
+                use(spoilt)
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_repo_with_a_missing_file_is_named(bert_repo, tmp_path, name):
+    spoilt = shutil.copytree(bert_repo, tmp_path / "spoilt")
+    (spoilt / name).unlink()
+    for use in (emr_hf.inspect, lambda path: emr_hf.export(path, "items", tmp_path / "plain")):
+        with pytest.raises(emr_hf.EMRError, match="spoilt"):
+            use(spoilt)
+
+
+def test_a_plain_checkpoint_is_no_merged_repo(bert_inputs, tmp_path):
+    for use in (emr_hf.inspect, lambda path: emr_hf.export(path, "items", tmp_path / "plain")):
+        with pytest.raises(emr_hf.RepoError, match=f"{bert_inputs.base} is no merged repo"):
+            use(bert_inputs.base)
+
+
+def test_a_folder_that_does_not_exist_is_no_merged_repo(tmp_path):
+    for use in (emr_hf.inspect, lambda path: emr_hf.export(path, "items", tmp_path / "plain")):
+        with pytest.raises(emr_hf.RepoError, match="nowhere is no merged repo"):
+            use(tmp_path / "nowhere")
+
+
+def test_a_repo_of_a_later_format_is_refused(bert_repo, tmp_path):
+    (tmp_path / "later").mkdir()
+    content = json.loads((bert_repo / "config.json").read_text())
+    (tmp_path / "later" / "config.json").write_text(json.dumps({**content, "emr_format": 99}))
+    with pytest.raises(emr_hf.RepoError, match="version 99.*upgrade"):
+        emr_hf.EMRMergedModel.from_pretrained(tmp_path / "later")
+
+
+# Tokenizers
+
+
+def write_tokenizer(folder, words):
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    transformers.BertTokenizer(str(vocabulary)).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """Inputs with tokenizers, the second task's another, and their repo."""
+    folder = tmp_path_factory.mktemp("spoken")
+    inputs = tiny.write_inputs(tiny.BERT, folder, ("a", "b"))
+    for path, words in ((inputs.base, "x y"), (inputs.finetunes["a"], "x y"), (inputs.finetunes["b"], "p q r")):
+        write_tokenizer(path, words.split())
+    emr_hf.merge(inputs.base, inputs.finetunes, folder / "out")
+    return inputs, folder / "out"
+
+
+@pytest.mark.parametrize(("task", "size"), [("a", 7), ("b", 8)])
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_each_task_is_exported_with_its_own_tokenizer(spoken, tmp_path, task, size, saved_again):
+    repo_folder = spoken[1]
+    if saved_again:
+        emr_hf.EMRMergedModel.from_pretrained(repo_folder).save_pretrained(tmp_path / "again")
+        transformers.AutoTokenizer.from_pretrained(repo_folder).save_pretrained(tmp_path / "again")
+        repo_folder = tmp_path / "again"
+    emr_hf.export(repo_folder, task, tmp_path / "plain")
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")) == size
+
+
+def test_tokenizers_name_no_path_of_the_machine_that_made_them(spoken):
+    inputs, out = spoken
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        assert str(inputs.base.parent).encode() not in path.read_bytes(), path.name
