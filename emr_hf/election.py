@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -239,6 +240,17 @@ def chunk_size(tasks: int) -> int:
     return max(CHUNK // tasks // 8, 1) * 8
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Elect on one thread: chunks are too small to share, and waiting for a busy core costs many times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def elect_tensor(
     base: Tensor, finetunes: Sequence[Tensor], tau_dtype: torch.dtype = torch.float32
 ) -> Iterator[Elected]:
@@ -302,12 +314,13 @@ def merge_state_dicts(
         raise OptionError("nothing to merge: the base and the finetunes have no floating-point tensor in common")
     result = Merge(masks={task: {} for task in finetunes})
     sums = []
-    for name in names:
-        tau, masks, tensor_sums = _merge_tensor(name, base[name], {t: sd[name] for t, sd in finetunes.items()})
-        result.tau[name] = tau
-        for task, task_mask in zip(finetunes, masks):
-            result.masks[task][name] = task_mask
-        sums.append(tensor_sums)
+    with one_torch_thread():
+        for name in names:
+            tau, masks, tensor_sums = _merge_tensor(name, base[name], {t: sd[name] for t, sd in finetunes.items()})
+            result.tau[name] = tau
+            for task, task_mask in zip(finetunes, masks):
+                result.masks[task][name] = task_mask
+            sums.append(tensor_sums)
     for task, parts, state_dict in zip(finetunes, zip(*sums), finetunes.values()):
         result.rescalers[task] = rescaler(parts, rescale)
         result.sums[task] = Sums.total(parts)

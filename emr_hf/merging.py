@@ -88,7 +88,8 @@ def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: bool 
             checkpoint.scratch = folder
             checkpoint.check_tied()
         writer = WeightsWriter(folder, plan.outputs, plan.recipe.max_shard_size)
-        sums, tau_rounding = _write_merged(plan, writer, progress)
+        with election.one_torch_thread():
+            sums, tau_rounding = _write_merged(plan, writer, progress)
         _write_private(plan, writer)
         report = _report(plan, sums, tau_rounding)
         for task, key in plan.task_keys.items():

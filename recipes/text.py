@@ -1,8 +1,8 @@
 """Finetune one MiniLM classifier per text task into the cache, for `text.yaml` to merge.
 
-python recipes/text.py                # all four tasks
-python recipes/text.py polarity       # one of them
-python recipes/text.py --merged out/  # accuracies of a repo merged by text.yaml
+python recipes/text.py               # all four tasks
+python recipes/text.py polarity      # one of them
+python recipes/text.py --model out/  # accuracies of a repo merged by text.yaml
 """
 
 from __future__ import annotations

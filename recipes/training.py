@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
+import emr_hf
+
 SEED = 0
 
 Items = Sequence[Mapping[str, Any]]
@@ -60,7 +62,7 @@ class Exam:
 
 @dataclass(frozen=True)
 class Workbench:
-    """A recipe's command line: makes the finetunes, and measures them, or a merge of them.
+    """A recipe's command line: makes the finetunes, and measures them or a merge of them.
 
     Args:
         about: the recipe's docstring, shown by `--help`.
@@ -77,18 +79,17 @@ class Workbench:
     load: Callable[[Path], PreTrainedModel]
 
     def main(self) -> None:
-        """Make the finetunes and print each one's score, or the scores of the merged repo that is given."""
+        """Make the finetunes and print each one's score, or the scores of the model that is given."""
         args = self._parse()
         quiet()
-        if args.merged:
-            import emr_hf  # noqa: F401 - registers the merged model's classes
-
-            model = self.load(args.merged)
+        model = self.load(args.model) if args.model else None
         for name in args.tasks or self.tasks:
-            if args.merged:
-                print(f"{name}\t{self.measure(name, model.set_task(name))}", flush=True)
-            else:
+            if model is None:
                 self._make(name, args.quick)
+            else:
+                if isinstance(model, emr_hf.EMRMergedModel):
+                    model.set_task(name)
+                print(f"{name}\t{self.measure(name, model)}", flush=True)
 
     def _make(self, name: str, quick: bool) -> None:
         start = time.perf_counter()
@@ -100,7 +101,7 @@ class Workbench:
         parser = argparse.ArgumentParser(description=self.about, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("tasks", nargs="*", metavar="task", help=f"any of {', '.join(self.tasks)}; all by default")
         parser.add_argument("--quick", action="store_true", help="64 training items and one epoch: a smoke test")
-        parser.add_argument("--merged", type=Path, metavar="REPO", help="measure this merged repo and train nothing")
+        parser.add_argument("--model", type=Path, metavar="DIR", help="train nothing, measure this merged repo")
         args = parser.parse_args()
         if unknown := set(args.tasks) - set(self.tasks):
             parser.error(f"no task named {', '.join(sorted(unknown))}; there are {', '.join(self.tasks)}")

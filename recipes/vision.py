@@ -2,9 +2,9 @@
 
 The backbone is a vision transformer of the shape of a small DINOv2, read out of an ONNX file: `pip install onnx`.
 
-python recipes/vision.py                # all three tasks
-python recipes/vision.py digits         # one of them
-python recipes/vision.py --merged out/  # accuracies of a repo merged by vision.yaml
+python recipes/vision.py               # all three tasks
+python recipes/vision.py digits        # one of them
+python recipes/vision.py --model out/  # accuracies of a repo merged by vision.yaml
 """
 
 from __future__ import annotations

@@ -238,10 +238,3 @@ def test_the_installed_script_merges(recipe, tmp_path):
     assert json.loads(done.stdout)["architecture"] == "BertForSequenceClassification"
     assert "Traceback" not in done.stderr
     assert "it/s" not in done.stderr and "elements/s" not in done.stderr  # no progress bar where nobody watches
-
-
-def test_the_installed_scripts_error_is_one_line(tmp_path):
-    script = Path(sysconfig.get_path("scripts")) / "emr-hf"
-    done = subprocess.run([script, "check", tmp_path / "nowhere.yaml"], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "nowhere.yaml" in done.stderr

@@ -167,27 +167,17 @@ def test_pip_failing_is_explained(monkeypatch, archive):
 
 
 def test_pip_is_told_the_digest(monkeypatch, archive, tmp_path):
-    def pip(command, **_):
-        (requirements,) = tmp_path.glob("requirements.txt")
-        assert requirements.read_text() == f"thing==1.0 --hash=sha256:{package_of(archive).sha256}\n"
+    package, folder = package_of(archive), tmp_path / "downloads"
+    folder.mkdir()
+
+    def pip(command: list[str], **_) -> subprocess.CompletedProcess:
+        assert (folder / "requirements.txt").read_text() == f"thing==1.0 --hash=sha256:{package.sha256}\n"
         assert {"--require-hashes", "--no-deps"} <= set(command)
-        archive.rename(tmp_path / "downloads" / "thing.whl")
+        archive.rename(folder / "thing.whl")
         return subprocess.CompletedProcess(command, 0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    package = package_of(archive)
-    (tmp_path / "downloads").mkdir()
-    tmp_path = tmp_path / "downloads"
-    monkeypatch.setattr(subprocess, "run", lambda command, **kw: fake_pip(command, archive, tmp_path))
-    assert registry.pip_download(package, tmp_path).name == "thing.whl"
-
-
-def fake_pip(command, archive: Path, folder: Path) -> subprocess.CompletedProcess:
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    assert (folder / "requirements.txt").read_text() == f"thing==1.0 --hash=sha256:{digest}\n"
-    assert {"--require-hashes", "--no-deps"} <= set(command)
-    archive.rename(folder / "thing.whl")
-    return subprocess.CompletedProcess(command, 0, stderr="")
+    assert registry.pip_download(package, folder) == folder / "thing.whl"
 
 
 # Text tasks.
@@ -288,8 +278,10 @@ def test_without_head():
 
 @pytest.mark.slow
 def test_demo_runs(tmp_path):
-    """Downloads 145 MB unless `EMR_HF_CACHE` was set for the test run."""
-    done = subprocess.run([sys.executable, RECIPES / "demo.py", "--quick", "--markdown"], capture_output=True, text=True)
+    """Downloads 145 MB."""
+    done = subprocess.run(
+        [sys.executable, RECIPES / "demo.py", "--quick", "--markdown"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert all(f"| {name} |" in done.stdout for name in text_data.TASKS)
     assert "EMR keeps" in done.stdout and "Switching" in done.stdout
