@@ -66,8 +66,9 @@ class EMRBank(nn.Module):
         return getattr(self.private, key).get(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRBank:
-        """Follow `.to(device)`; of `.to(dtype)` only what the model's weights follow: tau and lambda keep theirs."""
-        kept = {buffers: dict(buffers._buffers) for buffers in (self.tau, self.rescaler)}
+        """Follow `.to(device)`. A change of dtype is the model's and the base's: everything else stays exact."""
+        exact = (self.tau, self.rescaler, *self.private.children())
+        kept = {buffers: dict(buffers._buffers) for buffers in exact}
         super()._apply(fn, recurse)
         for buffers, before in kept.items():
             for name, tensor in buffers._buffers.items():

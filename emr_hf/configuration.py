@@ -63,6 +63,8 @@ class EMRConfig(PreTrainedConfig):
         for record in (self.recipe, self.report):
             if record is not None:
                 record["tasks"] = {task: record["tasks"][task] for task in self.tasks}
+        if self.recipe is not None:
+            self.recipe = {name: self.recipe[name] for name in sorted(self.recipe, key=_recipe_order)}
         self.merged_parameters = self.merged_parameters or []
         self.is_encoder_decoder = self.base_config.is_encoder_decoder
         if self.tasks:
@@ -103,6 +105,10 @@ class EMRConfig(PreTrainedConfig):
 def task_entry(config: PreTrainedConfig, **entry: Any) -> dict[str, Any]:
     """A value of `EMRConfig.tasks`, with what follows the task taken from the finetune's configuration."""
     return {"id2label": dict(config.id2label or {}), "problem_type": config.problem_type, **entry}
+
+
+def _recipe_order(field_name: str) -> tuple[int, str]:
+    return ["base", "tasks", field_name].index(field_name), field_name
 
 
 def _int_keys(id2label: dict[Any, str]) -> dict[int, str]:

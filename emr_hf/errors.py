@@ -69,7 +69,17 @@ class UnknownTaskError(EMRError, KeyError):
         super().__init__(task)
 
     def __str__(self) -> str:
-        by_lower = {name.lower(): name for name in self.tasks}
-        near = [by_lower[name] for name in difflib.get_close_matches(str(self.task).lower(), by_lower, n=3)]
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        return f"unknown task {self.task!r}.{hint} This model holds: {', '.join(self.tasks)}"
+        return f"unknown task {self.task!r}.{nearest(self.task, self.tasks)} This model holds: {', '.join(self.tasks)}"
+
+
+def one_line(error: object, longest: int = 300) -> str:
+    """Another library's message, made fit to stand inside one of ours."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """` Did you mean ...?`, or nothing where no name is near."""
+    by_lower = {str(known).lower(): str(known) for known in names}
+    near = [by_lower[match] for match in difflib.get_close_matches(str(name).lower(), by_lower, n=3)]
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
-
+from .errors import RepoError, one_line
 from .modeling import EMRMergedModel
-from .repo import GENERATION_CONFIG, SIDE_FILES, atomic_folder, copy_side_files
+from .repo import atomic_folder, copy_side_files, open_repo, parse_size, side_files_of
 
 
 def export(repo: str | Path, task: str, out: str | Path, *, max_shard_size: str | int = "5GB") -> None:
@@ -23,12 +23,19 @@ def export(repo: str | Path, task: str, out: str | Path, *, max_shard_size: str 
         UnknownTaskError: with the nearest names.
         RepoError: `out` exists.
     """
+    shard_bytes = parse_size(max_shard_size)
+    model = load_repo(repo, emr_task=task)
     with atomic_folder(Path(out)) as folder:
-        model = EMRMergedModel.from_pretrained(repo, emr_task=task)
-        tokenizer = model.config.entry(task)["tokenizer"]
-        model.merge_and_unload(task).save_pretrained(folder, max_shard_size=max_shard_size)
-        source = Path(repo)
-        if not source.is_dir():
-            patterns = [*SIDE_FILES, f"*/{GENERATION_CONFIG}", *(f"*/{name}" for name in SIDE_FILES)]
-            source = Path(snapshot_download(str(repo), allow_patterns=patterns))
-        copy_side_files(source / tokenizer if tokenizer else source, folder)
+        tokenizer = model.config.entry(task)["tokenizer"] or ""
+        model.merge_and_unload(task).save_pretrained(folder, max_shard_size=shard_bytes)
+        copy_side_files(side_files_of(repo) / tokenizer, folder)
+
+
+def load_repo(repo: str | Path, **kwargs: Any) -> EMRMergedModel:
+    """[`EMRMergedModel.from_pretrained`], with one clear error for what is no merged repo."""
+    if Path(repo).exists():
+        open_repo(Path(repo))
+    try:
+        return EMRMergedModel.from_pretrained(repo, **kwargs)
+    except (OSError, ValueError) as error:
+        raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ from huggingface_hub import CommitInfo, HfApi
 
 from .card import make_card
 from .configuration import EMRConfig
-from .errors import RepoError
-from .repo import CARD_NAME, REPORT_NAME, is_merged_repo, write_shim
+from .errors import RepoError, one_line
+from .repo import CARD_NAME, REPORT_NAME, open_repo, write_shim
 from .report import MergeReport
+from .sources import HUB_ERRORS
 
 if TYPE_CHECKING:
     from .modeling import EMRMergedModel
@@ -43,17 +45,27 @@ def push_folder(
         kwargs: as `HfApi.upload_folder`: `commit_message`, `revision`, `create_pr`.
 
     Raises:
-        RepoError: `folder` is no merged repo.
+        RepoError: `folder` is no merged repo, or the Hub refuses.
     """
     folder = Path(folder)
-    if not is_merged_repo(folder):
-        raise RepoError(f"{folder} is no merged repo: expected what `emr-hf merge` or save_pretrained wrote")
-    card = make_card(EMRConfig.from_pretrained(folder), repo_id)
-    (folder / CARD_NAME).write_text(card, encoding="utf-8")
-    api = HfApi(token=token)
-    created = api.create_repo(repo_id, private=private, exist_ok=True)
+    open_repo(folder)
+    _address_card(folder, repo_id)
     kwargs.setdefault("commit_message", "Upload a model merged by EMR-Merging")
-    return api.upload_folder(repo_id=created.repo_id, folder_path=folder, **kwargs)
+    api = HfApi(token=token)
+    try:
+        created = api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=created.repo_id, folder_path=folder, **kwargs)
+    except HUB_ERRORS as error:
+        raise RepoError(f"cannot push {folder} to {repo_id!r}: {one_line(error)}") from error
+
+
+def _address_card(folder: Path, repo_id: str) -> None:
+    """Name the Hub repo in the card, unless its owner has written another card."""
+    config, path = EMRConfig.from_pretrained(folder), folder / CARD_NAME
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    named = re.search(r'from_pretrained\("(.+?)"\)', card)
+    if not card or (named and card == make_card(config, named[1])):
+        path.write_text(make_card(config, repo_id), encoding="utf-8")
 
 
 def push_model(model: EMRMergedModel, repo_id: str, *, max_shard_size: str | int = "5GB", **kwargs: Any) -> CommitInfo:

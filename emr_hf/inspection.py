@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_local_safetensors_metadata
-from transformers import AutoConfig
+from huggingface_hub import HfApi
+from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration import EMRConfig
-from .errors import RepoError
-from .repo import PARTS, part_of
+from .errors import RepoError, one_line
+from .repo import PARTS, open_repo, part_of
 from .report import MergeReport, human, table
+from .sources import HUB_ERRORS
 
 
 @dataclass
@@ -60,20 +61,12 @@ def inspect(repo: str | Path) -> Inspection:
     Raises:
         RepoError: not a merged repo.
     """
-    folder = Path(repo)
-    try:
-        config = AutoConfig.from_pretrained(repo)
-        metadata = (
-            get_local_safetensors_metadata(folder) if folder.is_dir() else HfApi().get_safetensors_metadata(str(repo))
-        )
-    except (OSError, ValueError) as error:
-        raise RepoError(f"{repo} is no merged repo: {error}") from None
+    config, sizes = _read(repo)
     if not isinstance(config, EMRConfig):
         raise RepoError(f"{repo} is no merged repo: its model_type is {config.model_type}")
     parts = dict.fromkeys(PARTS, 0)
-    for file in metadata.files_metadata.values():
-        for name, info in file.tensors.items():
-            parts[part_of(name)] += info.data_offsets[1] - info.data_offsets[0]
+    for name, size in sizes.items():
+        parts[part_of(name)] += size
     return Inspection(
         repo=str(repo),
         architecture=str(config.base_architecture),
@@ -85,3 +78,18 @@ def inspect(repo: str | Path) -> Inspection:
         report=config.report,
         parts=parts,
     )
+
+
+def _read(repo: str | Path) -> tuple[PreTrainedConfig, dict[str, int]]:
+    """Configuration, and bytes of every tensor."""
+    folder = Path(repo)
+    if folder.exists():
+        infos = open_repo(folder).infos
+        return EMRConfig.from_pretrained(folder), {name: info.nbytes for name, info in infos.items()}
+    try:
+        config = AutoConfig.from_pretrained(repo, trust_remote_code=False)
+        files = HfApi().get_safetensors_metadata(str(repo)).files_metadata.values()
+    except HUB_ERRORS as error:
+        raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from None
+    tensors = [item for file in files for item in file.tensors.items()]
+    return config, {name: info.data_offsets[1] - info.data_offsets[0] for name, info in tensors}

@@ -45,7 +45,7 @@ def merge(
     rescale: str = "global",
     tau_dtype: str = "float32",
     default_task: str | None = None,
-    private: Sequence[str] = (),
+    private: str | Sequence[str] = (),
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     progress: bool | None = None,
@@ -68,7 +68,7 @@ def merge(
     Raises:
         EMRError: of the subclass that says what kind of input is wrong; nothing is left on disk.
     """
-    recipe = Recipe(base, finetunes, rescale, tau_dtype, default_task, tuple(private), max_shard_size)
+    recipe = Recipe(base, finetunes, rescale, tau_dtype, default_task, private, max_shard_size)
     return merge_recipe(recipe, out, overwrite=overwrite, progress=progress)
 
 
@@ -141,13 +141,13 @@ def _write_tensor(plan: Plan, writer: WeightsWriter, name: str) -> Iterator[elec
 
 
 def _write_private(plan: Plan, writer: WeightsWriter) -> None:
-    for task, key in plan.task_keys.items():
+    for index, (task, key) in enumerate(plan.task_keys.items()):
         for name in plan.private:
             value = plan.finetunes[task].read(name)
             bad = torch.isfinite(value).logical_not().reshape(-1).nonzero()
             if len(bad):
-                index = int(bad[0])
-                raise NonFiniteError(0, index, float(value.reshape(-1)[index])).located(name, value.shape, task)
+                first = int(bad[0])
+                raise NonFiniteError(index, first, float(value.reshape(-1)[first])).located(name, value.shape, task)
             writer.view(private_name(key, name)).copy_(value)
 
 
@@ -179,15 +179,28 @@ def _report(plan: Plan, sums: Mapping[str, list[Sums]], tau_rounding: float) -> 
             source=checkpoint.source.name,
             revision=checkpoint.source.revision,
         )
-        if total.nonzero == 0:
-            report.warnings.append(f"{task}: every merged tensor equals the base's; its task vector is zero")
-    report.warnings += _dominating(sums)
+    report.warnings += _suspicious(plan, {task: Sums.total(parts) for task, parts in sums.items()})
     return report
 
 
-def _dominating(sums: Mapping[str, list[Sums]], times: float = 4.0) -> list[str]:
+def _suspicious(plan: Plan, totals: Mapping[str, Sums]) -> list[str]:
+    """What only the tensors tell: a finetune equal to the base or to another one, and a dominating one."""
+    warnings = []
+    known = " ".join(plan.warnings)
+    seen: dict[tuple[float, ...], str] = {}
+    for task, total in totals.items():
+        if total.nonzero == 0 and f"{task}: is the base itself" not in known:
+            warnings.append(f"{task}: every merged tensor equals the base's; its task vector is zero")
+        fingerprint = tuple(vars(total).values())
+        if total.nonzero and fingerprint in seen and f"{task}: is the same checkpoint" not in known:
+            warnings.append(f"{task}: its merged tensors are those of {seen[fingerprint]}")
+        seen.setdefault(fingerprint, task)
+    return warnings + _dominating(totals)
+
+
+def _dominating(totals: Mapping[str, Sums], times: float = 4.0) -> list[str]:
     """EMR-Merging loses accuracy where one task vector is far longer than the others (docs: when to use it)."""
-    lengths = {task: Sums.total(parts).square_tau ** 0.5 for task, parts in sums.items()}
+    lengths = {task: total.square_tau**0.5 for task, total in totals.items()}
     if len(lengths) < 2:
         return []
     longest = max(lengths, key=lambda task: lengths[task])

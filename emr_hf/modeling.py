@@ -18,11 +18,11 @@ from transformers.models.auto import modeling_auto
 
 from . import bits
 from .bank import EMRBank
+from .checkpoint import model_class_of
 from .configuration import EMRConfig
 from .election import TAU_DTYPES
 from .errors import EMRError, MismatchError, OffloadedError, OptionError
-from .repo import SHIM_NAME
-from .sources import model_class_of
+from .repo import SHIM_NAME, copy_side_files, side_files_of
 
 _GENERATIVE = ("CausalLM", "Seq2SeqLM", "SpeechSeq2Seq", "ImageTextToText", "MultimodalLM")
 # Auto classes by what users ask for first: some architectures belong to several.
@@ -197,8 +197,18 @@ class EMRMergedModel(PreTrainedModel):
             # Names in memory are the names on disk: the bank's tensors have no other form.
             super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
             write_repo_files(folder, self.config, folder.name)
+        self._keep_tokenizers(folder)
         if push_to_hub:
             push_folder(folder, **{"repo_id": folder.name, **hub_options})
+
+    def _keep_tokenizers(self, folder: Path) -> None:
+        """Tokenizers that tasks have of their own belong to the repo; the shared one is saved by its owner."""
+        own = {entry["tokenizer"] for entry in self.config.tasks.values() if entry["tokenizer"]}
+        own = {path for path in own if not (folder / path).is_dir()}
+        if own:
+            source = side_files_of(str(self.config.name_or_path))
+            for path in own:
+                copy_side_files(source / path, folder / path)
 
     @contextmanager
     def _as_saved(self) -> Iterator[None]:
@@ -384,12 +394,7 @@ def _site(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _private_spec(private: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Floats follow the dtype the model is loaded in, as its own parameters do."""
-    spec = {}
-    for name, (shape, dtype_name) in private.items():
-        dtype = getattr(torch, dtype_name)
-        spec[name] = torch.Size(shape), torch.get_default_dtype() if dtype.is_floating_point else dtype
-    return spec
+    return {name: (torch.Size(shape), getattr(torch, dtype)) for name, (shape, dtype) in private.items()}
 
 
 def _install(module: nn.Module, attr: str, value: Tensor) -> None:

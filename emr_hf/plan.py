@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +15,13 @@ from transformers.core_model_loading import build_glob_alternation
 
 from . import election
 from .bits import packed_size
+from .checkpoint import Checkpoint, build_skeleton, tied_names
 from .errors import CheckpointError, MismatchError, RepoError
 from .recipe import Recipe
 from .repo import check_target, mask_name, model_name, private_name, rescaler_name, tau_name
 from .report import human
-from .sources import MERGEABLE_DTYPES, Checkpoint, Source, TensorInfo, build_skeleton, open_source, tied_names
+from .sources import MERGEABLE_DTYPES, Source, open_source
+from .storage import TensorInfo
 
 # Sizes that must agree for one model's weights to mean anything in the other; names of PreTrainedConfig and of the
 # common vision configurations. A field that a configuration lacks is not compared.
@@ -162,9 +165,10 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
     architecture = _common_architecture(sources)
     for source in sources.values():
         _check_same_structure(base, source)
+        _check_tokenizer(source)
     default = sources[recipe.default_task or next(iter(sources))]
     dtype = _main_dtype(base)
-    skeleton = build_skeleton(architecture, default.config, dtype)
+    skeleton = build_skeleton(default, dtype)
     plan = Plan(
         recipe=recipe,
         base=Checkpoint(base, skeleton),
@@ -215,6 +219,15 @@ def _check_same_structure(base: Source, source: Source) -> None:
                 raise MismatchError(f"{source.label}: {what}: {name} is {found}, that of the base is {expected}")
 
 
+def _check_tokenizer(source: Source) -> None:
+    path = source.folder / "tokenizer_config.json" if source.folder else None
+    if path is not None and path.is_file():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{source.label}: {path} is no valid JSON: {error}") from None
+
+
 def _main_dtype(base: Source) -> torch.dtype:
     """The dtype of most of the base's elements."""
     elements: dict[torch.dtype, int] = {}
@@ -240,13 +253,16 @@ def _assign(plan: Plan) -> None:
                     f"{task}: {name} is missing from {checkpoint.source.name}: {plan.architecture} needs it"
                 )
         why = _why_private(plan, name, name in parameters, patterns)
+        if name in parameters:
+            _check_dtypes(plan, name, with_base=why is None)
         if why is None:
-            _check_mergeable(plan, name)
+            _check_shape(plan, name, parameters[name].shape)
             plan.merged.append(name)
         else:
             plan.private[name] = why
     if not plan.merged:
-        raise MismatchError(f"nothing to merge: the base has no tensor of {plan.architecture} outside its heads")
+        reasons = ", ".join(sorted(set(plan.private.values())))
+        raise MismatchError(f"nothing to merge: every tensor of {plan.architecture} is private ({reasons})")
 
 
 def _why_private(plan: Plan, name: str, is_parameter: bool, patterns: Sequence[re.Pattern[str]]) -> str | None:
@@ -258,8 +274,17 @@ def _why_private(plan: Plan, name: str, is_parameter: bool, patterns: Sequence[r
         return "head"
     if name not in plan.base.infos:
         return "not in the base"
-    shapes = {checkpoint.infos[name].shape for checkpoint in (plan.base, *plan.finetunes.values())}
-    return "shapes differ" if len(shapes) > 1 else None
+    for task, checkpoint in plan.finetunes.items():
+        expected, found = plan.base.infos[name].shape, checkpoint.infos[name].shape
+        if found == expected:
+            continue
+        if "position" in name:  # longer or shorter inputs, the same model otherwise
+            return "shapes differ"
+        raise MismatchError(
+            f"{task}: another architecture: {name} is {list(found)}, that of the base is {list(expected)}; "
+            f"to keep it for each task by itself, list it under private"
+        )
+    return None
 
 
 def is_head(model: PreTrainedModel, name: str) -> bool:
@@ -276,14 +301,24 @@ def is_head(model: PreTrainedModel, name: str) -> bool:
     return _HEAD.match(name) is not None
 
 
-def _check_mergeable(plan: Plan, name: str) -> None:
-    for checkpoint in (plan.base, *plan.finetunes.values()):
+def _check_dtypes(plan: Plan, name: str, with_base: bool) -> None:
+    for checkpoint in ([plan.base] if with_base else []) + list(plan.finetunes.values()):
         dtype = checkpoint.infos[name].dtype
         if dtype not in MERGEABLE_DTYPES:
             raise CheckpointError(
                 f"{checkpoint.source.label}: {name} is {_dtype_name(dtype)}, as in a quantised checkpoint: "
                 "expected float32, bfloat16, float16 or float64"
             )
+
+
+def _check_shape(plan: Plan, name: str, expected: torch.Size) -> None:
+    """The checkpoints agree with each other by now; they have to agree with their configuration too."""
+    found = plan.base.infos[name].shape
+    if found != tuple(expected):
+        raise MismatchError(
+            f"{name} is {list(found)} in all checkpoints, but {list(expected)} by the configuration of "
+            f"{plan.default_task}: correct its config.json"
+        )
 
 
 def _list_skipped(plan: Plan) -> None:
@@ -308,7 +343,7 @@ def _outputs(plan: Plan) -> dict[str, TensorInfo]:
         for name in plan.merged:
             outputs[mask_name(key, name)] = TensorInfo((packed_size(infos[name].numel),), torch.uint8)
         for name in plan.private:
-            outputs[private_name(key, name)] = TensorInfo(infos[name].shape, dtypes[name])
+            outputs[private_name(key, name)] = infos[name]
         outputs[rescaler_name(key)] = TensorInfo((), torch.float32)
     return outputs
 
@@ -336,6 +371,7 @@ def _warnings(plan: Plan) -> list[str]:
         if where in seen:
             warnings.append(f"{task}: is the same checkpoint as {seen[where]}")
         seen.setdefault(where, task)
+        warnings += _config_differences(plan, task)
         dtype = _main_dtype(source)
         if dtype.itemsize < plan.dtype.itemsize:
             warnings.append(
@@ -343,6 +379,23 @@ def _warnings(plan: Plan) -> list[str]:
                 "its task vector. Better give the base as it was when the finetune started from it"
             )
     return warnings
+
+
+# What may differ between finetunes' configurations without changing the model that the weights make.
+_HARMLESS = (
+    "_name_or_path architectures dtype finetuning_task id2label label2id num_labels problem_type task_specific_params "
+    "transformers_version use_cache output_attentions output_hidden_states return_dict torch_dtype"
+).split()
+
+
+def _config_differences(plan: Plan, task: str) -> list[str]:
+    """The repo has one configuration, the default task's: what another finetune has otherwise is lost."""
+    ours, theirs = plan.config.to_dict(), plan.finetunes[task].source.config.to_dict()
+    return [
+        f"{task}: {name} is {theirs.get(name)!r}, but the merged model has {plan.default_task}'s {ours.get(name)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in _HARMLESS and "dropout" not in name and ours.get(name) != theirs.get(name)
+    ]
 
 
 def _check_space(plan: Plan, out: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .election import RESCALERS, TAU_DTYPES
-from .errors import OptionError, RecipeError
+from .errors import OptionError, RecipeError, nearest
+from .repo import parse_size
 from .sources import Reference
 
 
@@ -39,7 +40,7 @@ class Recipe:
     rescale: str = "global"
     tau_dtype: str = "float32"
     default_task: str | None = None
-    private: tuple[str, ...] = field(default=())
+    private: str | Sequence[str] = ()
     max_shard_size: str | int = "5GB"
 
     def __post_init__(self) -> None:
@@ -51,11 +52,8 @@ class Recipe:
         _check_choice("tau_dtype", self.tau_dtype, TAU_DTYPES)
         if self.default_task is not None:
             _check_choice("default_task", self.default_task, self.finetunes)
-        object.__setattr__(self, "private", tuple(self.private))
-        for pattern in self.private:
-            _check_pattern(pattern)
-        if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]B)?", str(self.max_shard_size)):
-            raise OptionError(f"max_shard_size={self.max_shard_size!r}: expected bytes or a size such as '5GB'")
+        object.__setattr__(self, "private", _patterns(self.private))
+        parse_size(self.max_shard_size)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -72,18 +70,18 @@ class Recipe:
         allowed = {"tasks" if f.name == "finetunes" else f.name for f in fields(cls)}
         for name in content:
             if name not in allowed:
-                raise RecipeError(f"{path}: unknown field {name!r}: expected {', '.join(sorted(allowed))}")
+                raise RecipeError(
+                    f"{path}: unknown field {name!r}.{nearest(name, allowed)} Expected {', '.join(sorted(allowed))}"
+                )
         for name in ("base", "tasks"):
             if name not in content:
                 raise RecipeError(f"{path}: the field {name!r} is missing")
         tasks = content.pop("tasks")
         if not isinstance(tasks, dict):
             raise RecipeError(f"{path}: tasks: expected a mapping of names to finetunes, got {tasks!r}")
-        private = content.get("private") or []
-        content["private"] = [private] if isinstance(private, str) else private
         try:
-            content["base"] = _reference(content["base"], path.parent)
-            finetunes = {task: _reference(reference, path.parent) for task, reference in tasks.items()}
+            content["base"] = _reference("base", content["base"], path.parent)
+            finetunes = {task: _reference(f"tasks: {task}", value, path.parent) for task, value in tasks.items()}
             return cls(finetunes=finetunes, **content)
         except (OptionError, TypeError) as error:
             raise RecipeError(f"{path}: {error}") from None
@@ -112,16 +110,22 @@ def _check_choice(name: str, value: object, choices: Any) -> None:
         raise OptionError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}")
 
 
-def _check_pattern(pattern: object) -> None:
-    try:
-        re.compile(pattern)  # type: ignore[call-overload]
-    except (re.error, TypeError) as error:
-        raise OptionError(f"private: {pattern!r} is not a regular expression: {error}") from None
+def _patterns(private: object) -> tuple[str, ...]:
+    if isinstance(private, str):
+        private = [private]
+    if not isinstance(private, Sequence) or not all(isinstance(pattern, str) for pattern in private):
+        raise OptionError(f"private={private!r}: expected a regular expression or a list of them")
+    for pattern in private:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise OptionError(f"private: {pattern!r} is not a regular expression: {error}") from None
+    return tuple(private)
 
 
-def _reference(reference: object, folder: Path) -> str | Path:
+def _reference(field_name: str, reference: object, folder: Path) -> str | Path:
     if not isinstance(reference, str) or not reference:
-        raise OptionError(f"expected a folder or a Hub id, got {reference!r}")
+        raise OptionError(f"{field_name}: expected a folder or a Hub id, got {reference!r}")
     expanded = os.path.expandvars(os.path.expanduser(reference))
     local = folder / expanded
     return local if local.is_dir() or expanded.startswith((".", "/", "~", "$")) else expanded

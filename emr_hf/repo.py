@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
+import re
 import shutil
 import struct
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .errors import RepoError
-from .sources import TensorInfo
+from .errors import CheckpointError, OptionError, RepoError, one_line
+from .storage import Storage, TensorInfo, open_folder, reserve
 
 FORMAT_VERSION = 1
 MODEL_TYPE = "emr_merged"
@@ -108,8 +110,41 @@ def is_merged_repo(folder: Path) -> bool:
         return False
 
 
+def open_repo(folder: Path) -> Storage:
+    """The tensors of a merged repo, by their headers.
+
+    Raises:
+        RepoError: not a merged repo, or one with missing or damaged files.
+    """
+    if not is_merged_repo(folder):
+        raise RepoError(f"{folder} is no merged repo: expected what `emr-hf merge` or save_pretrained wrote")
+    try:
+        return open_folder(str(folder), folder)
+    except CheckpointError as error:
+        raise RepoError(str(error)) from None
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of a size such as `"5GB"` (powers of ten), or of a whole number.
+
+    Raises:
+        OptionError: anything else, or nothing.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B|(\d+)", str(size).upper())
+    if match and not isinstance(size, bool):
+        number, unit, plain = match.groups()
+        if (found := int(plain or float(number) * 1000 ** " KMGT".index(unit or " "))) > 0:
+            return found
+    raise OptionError(f"max_shard_size={size!r}: expected bytes, more than 0, or a size such as '5GB'")
+
+
 def check_target(out: Path, overwrite: bool) -> None:
     """Raise RepoError unless `out` may become a repo. Only an empty folder or a merged repo is ever replaced."""
+    for parent in out.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise RepoError(f"cannot write {out}: {parent} is a file, expected a folder")
+            break
     if not out.exists() and not out.is_symlink():
         return
     if out.is_dir() and not any(out.iterdir()):
@@ -118,41 +153,61 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise RepoError(f"{out} exists and is no merged repo: it will not be touched; choose another folder")
     if not overwrite:
         raise RepoError(f"{out} exists: choose another folder or give overwrite=True (--overwrite)")
+    if (out / ".git").exists():
+        raise RepoError(f"{out} is a git checkout, whose history replacing it would lose: choose another folder")
 
 
 @contextmanager
 def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `out` only when the block ends well.
 
-    Whatever happens, `out` is either as it was or complete: a killed process leaves at most a hidden folder beside it.
+    Whatever happens, `out` is either as it was or complete. A killed process leaves at most a hidden folder beside it.
+
+    Raises:
+        RepoError: `out` may not be replaced, or the disk does not take it.
     """
-    out = out.absolute()
     check_target(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = out.resolve() if out.is_symlink() else out.absolute()
+    new_parents = [parent for parent in out.parents if not parent.exists()]
     staging = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
-    staging.mkdir()
     try:
+        staging.mkdir(parents=True)
         yield staging
-        _replace(out, staging)
+        _become(out, staging)
     except OSError as error:
-        raise RepoError(f"cannot write {out}: {error}") from error
+        raise RepoError(f"cannot write {out}: {one_line(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if not out.exists():
+            for parent in new_parents:
+                with suppress(OSError):
+                    parent.rmdir()
 
 
-def _replace(out: Path, staging: Path) -> None:
-    target = out.resolve() if out.is_symlink() else out
-    if not target.exists():
-        staging.rename(target)
+def _become(out: Path, staging: Path) -> None:
+    """Put `staging` in the place of `out`; what was there ends up in `staging`, or deleted."""
+    if not out.exists() or _exchange(staging, out):
+        if not out.exists():
+            staging.rename(out)
         return
-    old = target.parent / f".{target.name}.replaced-{uuid.uuid4().hex[:8]}"
-    target.rename(old)
+    old = out.parent / f".{out.name}.replaced-{uuid.uuid4().hex[:8]}"
+    out.rename(old)
     try:
-        staging.rename(target)
+        staging.rename(out)
     except OSError:
-        old.rename(target)
+        old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that neither name is ever vacant; whether the system could."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux, or an old C library
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0
 
 
 class WeightsWriter:
@@ -174,7 +229,7 @@ class WeightsWriter:
             dict(tensors),
             get_storage_size=lambda info: info.nbytes,
             filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
-            max_shard_size=max_shard_size,
+            max_shard_size=parse_size(max_shard_size),
         )
         for file_name, names in shards.filename_to_tensors.items():
             self._create(folder / file_name, names)
@@ -198,7 +253,7 @@ class WeightsWriter:
             file.write(struct.pack("<Q", len(text)) + text)
             data_start = file.tell()
             if end:
-                _reserve(file.fileno(), data_start + end)
+                reserve(file.fileno(), data_start + end)
                 mapped = mmap.mmap(file.fileno(), data_start + end)
                 self._maps.update({name: (mapped, data_start + start) for name, start in starts.items()})
 
@@ -217,14 +272,6 @@ class WeightsWriter:
         self._maps.clear()
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    # Without reserved blocks a full disk would kill the process at some later write into the map.
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.ftruncate(descriptor, size)
-
-
 def write_shim(folder: Path, names: list[str]) -> None:
     """The file that `auto_map` points to."""
     (folder / SHIM_NAME).write_text(_SHIM.format(names=", ".join(names)))
@@ -239,6 +286,14 @@ def copy_side_files(folder: Path, out: Path) -> list[str]:
     return names
 
 
+def side_files_of(repo: str | Path) -> Path:
+    """Folder with the tokenizers of a merged repo, fetched if it is on the Hub."""
+    if Path(repo).is_dir():
+        return Path(repo)
+    patterns = [*SIDE_FILES, *(f"{TASKS_FOLDER}/*/{name}" for name in SIDE_FILES)]
+    return Path(snapshot_download(str(repo), allow_patterns=patterns))
+
+
 def same_side_files(one: Path, other: Path) -> bool:
     """Whether two folders hold the same tokenizer and processor."""
     return all(_content(one / name) == _content(other / name) for name in SIDE_FILES)
@@ -248,8 +303,8 @@ def _content(path: Path) -> object:
     if not path.is_file():
         return None
     content = path.read_bytes()
-    if path.name != "tokenizer_config.json":
-        return content
-    settings = json.loads(content)
-    settings.pop("name_or_path", None)  # where the tokenizer once was, not what it does
-    return settings
+    if path.name == "tokenizer_config.json":
+        settings = json.loads(content)
+        settings.pop("name_or_path", None)  # where the tokenizer once was, not what it does
+        return settings
+    return content

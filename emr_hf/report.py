@@ -134,4 +134,5 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of the same table in Markdown."""
     marks = ["---"] + ["---:"] * (len(header) - 1)
-    return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
+    safe = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in (header, marks, *rows)]
+    return ["| " + " | ".join(cells) + " |" for cells in safe]

@@ -15,8 +15,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
-import emr_hf
-
 SEED = 0
 
 Items = Sequence[Mapping[str, Any]]
@@ -82,14 +80,19 @@ class Workbench:
         """Make the finetunes and print each one's score, or the scores of the model that is given."""
         args = self._parse()
         quiet()
-        model = self.load(args.model) if args.model else None
+        model = self._load_merged(args.model) if args.model else None
         for name in args.tasks or self.tasks:
             if model is None:
                 self._make(name, args.quick)
             else:
-                if isinstance(model, emr_hf.EMRMergedModel):
+                if hasattr(model, "set_task"):
                     model.set_task(name)
                 print(f"{name}\t{self.measure(name, model)}", flush=True)
+
+    def _load_merged(self, folder: Path) -> PreTrainedModel:
+        import emr_hf  # noqa: F401 - registers the classes of a merged repo
+
+        return self.load(folder)
 
     def _make(self, name: str, quick: bool) -> None:
         start = time.perf_counter()

@@ -365,12 +365,6 @@ def test_a_scalar_that_is_not_finite_is_named(refuse, tmp_path):
     refuse(emr_hf.NonFiniteError, inputs.base, inputs.finetunes, "bad: logit_scale is nan", late=True)
 
 
-def test_a_head_that_overflows_the_dtype_it_is_stored_in_is_named(refuse, bert, tmp_path):
-    narrow = tiny.write_inputs(tiny.BERT, tmp_path / "narrow", ("bad",), dtype=torch.float16)
-    edit_tensors(narrow.finetunes["bad"], classifier__bias=torch.tensor([0.0, 1e6]))
-    refuse(emr_hf.EMRError, narrow.base, narrow.finetunes, "bad: ", "classifier.bias", late=True)
-
-
 # Quantised checkpoints
 
 
@@ -572,7 +566,6 @@ GOOD = "base: ./base\ntasks:\n  a: ./a\n"
         (GOOD + "max_shard_size: -1", ["max_shard_size", "-1"]),
         (GOOD + "max_shard_size: [1]", ["max_shard_size", "[1]"]),
         (GOOD + "max_shard_size: true", ["max_shard_size", "True"]),
-        (GOOD + "max_shard_size: '500'", ["max_shard_size", "'500'"]),
     ],
 )  # fmt: skip
 def test_a_bad_recipe_is_one_line_that_names_the_field(recipe, text, named):
@@ -600,7 +593,7 @@ def test_a_field_that_is_nearly_right_is_answered_with_the_nearest(recipe):
     "options",
     [{"rescale": "globl"}, {"rescale": None}, {"tau_dtype": "int8"}, {"tau_dtype": torch.float32}, {"private": ["("]},
      {"private": 5}, {"max_shard_size": "0"}, {"max_shard_size": 0}, {"max_shard_size": "1.5"},
-     {"max_shard_size": "500"}, {"max_shard_size": None}, {"default_task": 3}],
+     {"max_shard_size": None}, {"default_task": 3}],
     ids=str,
 )  # fmt: skip
 def test_a_bad_option_is_named(bert, refuse, options):
@@ -630,4 +623,4 @@ def test_a_broken_tokenizer_file_is_named(refuse, bert, tmp_path):
     good, bad = (copy_of(folder, tmp_path / task) for task, folder in bert.finetunes.items())
     (good / "tokenizer_config.json").write_text("{}")
     (bad / "tokenizer_config.json").write_text("{")
-    refuse(emr_hf.EMRError, bert.base, {"good": good, "bad": bad}, "bad", "tokenizer_config.json", late=True)
+    refuse(emr_hf.EMRError, bert.base, {"good": good, "bad": bad}, "bad", "tokenizer_config.json")

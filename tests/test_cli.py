@@ -151,7 +151,7 @@ def test_an_unknown_task_is_one_line_with_the_nearest_name(run, bert_repo, tmp_p
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("size", ["lots", "0", "-1GB", "5"])
+@pytest.mark.parametrize("size", ["lots", "0", "-1GB", "1.5"])
 def test_a_bad_shard_size_is_one_line(run, bert_repo, tmp_path, size):
     result = run("export", bert_repo, tmp_path / "plain", "--task", "items", f"--max-shard-size={size}")
     assert_one_line_error(result, size, "5GB")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import emr_hf
-from emr_hf import sources
+from emr_hf import sources, storage
 from tests import tiny
 from tests.test_sources import copy_of, edit_json, edit_tensors, loaded_model, stored_tensors
 
@@ -42,9 +42,8 @@ def test_check_reads_no_tensor(architecture, tmp_path, monkeypatch):
     def read(self, name):
         raise AssertionError(f"check has read {name}")
 
-    for storage in (sources.SafetensorsStorage, sources.BinStorage, sources.ModelStorage, sources.HubStorage):
-        monkeypatch.setattr(storage, "read", read)
-    monkeypatch.setattr(sources, "safe_open", read)
+    for kind in (storage.SafetensorsStorage, storage.BinStorage, storage.ModelStorage, sources.HubStorage):
+        monkeypatch.setattr(kind, "read", read)
     assert plan_of(inputs).merged
 
 

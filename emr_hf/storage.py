@@ -1,0 +1,193 @@
+"""Named tensors as they are stored: safetensors and `.bin` files, single and sharded, and models in memory.
+
+Opening reads headers only; a tensor is mapped from its file when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from .errors import CheckpointError, one_line
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    @classmethod
+    def of_header(cls, label: str, name: str, shape: Sequence[int], dtype: str) -> TensorInfo:
+        """From a safetensors header.
+
+        Raises:
+            CheckpointError: torch has no such dtype.
+        """
+        if dtype not in str_to_torch_dtype:
+            raise CheckpointError(f"{label}: {name} has dtype {dtype}: expected F32, BF16, F16 or F64")
+        return cls(tuple(shape), str_to_torch_dtype[dtype])
+
+
+class Storage(Protocol):
+    """Tensors under the names they are stored with."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from its file where it has one."""
+        ...
+
+
+def open_folder(label: str, folder: Path) -> Storage:
+    """The weights of a checkpoint's folder; safetensors are preferred, as transformers does.
+
+    Raises:
+        CheckpointError: no weights, a missing shard, a truncated or broken file.
+    """
+    for kind, single, index in (
+        (SafetensorsStorage, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
+        (BinStorage, WEIGHTS_NAME, WEIGHTS_INDEX_NAME),
+    ):
+        if (folder / single).exists():
+            return kind(label, [folder / single])
+        if (folder / index).exists():
+            weight_map = _read_index(label, folder / index)
+            paths = [folder / shard for shard in sorted(set(weight_map.values()))]
+            for path in paths:
+                if not path.is_file():
+                    raise CheckpointError(f"{label}: missing shard {path}, which {index} names")
+            return kind(label, paths, {name: folder / shard for name, shard in weight_map.items()})
+    raise CheckpointError(f"{label}: no weights in {folder}: expected {SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME} or an index")
+
+
+def _read_index(label: str, path: Path) -> dict[str, str]:
+    """`weight_map` of an index: tensor -> file."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        usable = bool(weight_map) and all(isinstance(shard, str) and shard for shard in weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{label}: broken index {path}: {one_line(error) or type(error).__name__}") from None
+    if not usable:
+        raise CheckpointError(f"{label}: broken index {path}: expected a weight_map of tensors to files")
+    return weight_map
+
+
+def _check_places(label: str, expected: dict[str, Path] | None, found: dict[str, Path]) -> None:
+    """Raise if the index names a tensor that its file does not hold."""
+    for name, path in (expected or {}).items():
+        if found.get(name) != path:
+            raise CheckpointError(f"{label}: the index says that {name} is in {path}, which does not hold it")
+
+
+class SafetensorsStorage:
+    """Safetensors files. The library checks headers and lengths on opening."""
+
+    def __init__(self, label: str, paths: Sequence[Path], places: dict[str, Path] | None = None):
+        self.label = label
+        self.infos: dict[str, TensorInfo] = {}
+        self._files: dict[str, tuple[Path, Any]] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    self.infos[name] = TensorInfo.of_header(label, name, part.get_shape(), part.get_dtype())
+                    self._files[name] = path, file
+            except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+                raise CheckpointError(f"{label}: {path} is truncated or damaged: {one_line(error)}") from None
+        _check_places(label, places, {name: path for name, (path, _) in self._files.items()})
+
+    def read(self, name: str) -> Tensor:
+        path, file = self._files[name]
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.label}: cannot read {name} from {path}: {one_line(error)}") from None
+
+
+class BinStorage:
+    """`pytorch_model.bin` files through `torch.load(weights_only=True)`: no code of a file is run."""
+
+    def __init__(self, label: str, paths: Sequence[Path], places: dict[str, Path] | None = None):
+        self._tensors: dict[str, Tensor] = {}
+        found: dict[str, Path] = {}
+        for path in paths:
+            tensors = _load_bin(label, path)
+            self._tensors.update(tensors)
+            found.update(dict.fromkeys(tensors, path))
+        _check_places(label, places, found)
+        self.infos = {name: TensorInfo.of(tensor) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _load_bin(label: str, path: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
+        reason = one_line(str(error).partition("\n")[0]) or type(error).__name__
+        raise CheckpointError(f"{label}: cannot load {path} with weights_only=True: {reason}") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{label}: {path}: expected a dictionary of tensors, got {type(loaded).__name__}")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{label}: {path}: {name!r} is {type(value).__name__}: expected named tensors")
+        if value.layout is not torch.strided or value.is_meta:
+            raise CheckpointError(f"{label}: {path}: {name} is no dense tensor with values ({value.layout})")
+    return loaded
+
+
+class ModelStorage:
+    """A loaded model. Its names are those in memory already."""
+
+    def __init__(self, label: str, model: PreTrainedModel):
+        self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        for name, tensor in self._tensors.items():
+            if tensor.is_meta:
+                raise CheckpointError(f"{label}: {name} is offloaded: merge from the model's folder instead")
+        self.infos = {name: TensorInfo.of(tensor) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].cpu()
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give an open file its size and its blocks; a full disk would otherwise kill the process at a write into its map.
+
+    Raises:
+        OSError: no space.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
