@@ -1,6 +1,8 @@
 """Merge finetunes of one pretrained model into one, and become any of its tasks (EMR-Merging, arXiv 2405.17461)."""
 
-from . import modeling, pipelines
+from . import auto, pipelines
+from .auto import HEAD_CLASSES
+from .checking import check
 from .configuration import EMRConfig
 from .election import Merge, merge_state_dicts
 from .errors import (
@@ -18,20 +20,20 @@ from .export import export
 from .hub import push_folder
 from .inspection import Inspection, inspect
 from .merging import merge, merge_recipe
-from .modeling import HEAD_CLASSES, EMRMergedModel
+from .modeling import EMRMergedModel
 from .pipelines import (
     EMRImageClassificationPipeline,
     EMRTextClassificationPipeline,
     EMRTokenClassificationPipeline,
 )
-from .plan import Plan, check
+from .plan import Plan
 from .recipe import Recipe
 from .report import MergeReport, TaskReport
 
 __version__ = "0.1.0"
 
 globals().update({head.__name__: head for head in HEAD_CLASSES.values()})
-modeling.register()
+auto.register()
 pipelines.register()
 
 __all__ = [

@@ -90,9 +90,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from . import Recipe, merging, plan
+    from . import Recipe, check, merging
 
-    checked = plan.check(Recipe.load(options.recipe), options.out, options.overwrite)
+    checked = check(Recipe.load(options.recipe), options.out, options.overwrite)
     print(checked, file=sys.stderr)
     _show(merging.run(checked, options.out, overwrite=options.overwrite), options.format)
 

@@ -13,12 +13,13 @@ import torch
 from tqdm.auto import tqdm
 
 from . import bits, election
+from .auto import auto_map, head_class
+from .checking import check
 from .configuration import EMRConfig, task_entry
 from .election import Sums
 from .errors import NonFiniteError
 from .hub import write_repo_files
-from .modeling import auto_map, head_class
-from .plan import Plan, check
+from .plan import Plan, dtype_name
 from .recipe import Recipe
 from .repo import (
     GENERATION_CONFIG,
@@ -252,7 +253,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
 
 def _spec(plan: Plan, key: str, name: str) -> list[Any]:
     info = plan.outputs[private_name(key, name)]
-    return [list(info.shape), str(info.dtype).removeprefix("torch.")]
+    return [list(info.shape), dtype_name(info.dtype)]
 
 
 def _copy_tokenizers(plan: Plan, folder: Path) -> dict[str, str | None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import GenerationConfig, PreTrainedModel
 
 from . import bits
 from .bank import EMRBank
@@ -22,52 +18,8 @@ from .checkpoint import model_class_of
 from .configuration import EMRConfig
 from .election import TAU_DTYPES
 from .errors import EMRError, MismatchError, OffloadedError, OptionError
-from .repo import SHIM_NAME, copy_side_files, side_files_of
-
-_GENERATIVE = ("CausalLM", "Seq2SeqLM", "SpeechSeq2Seq", "ImageTextToText", "MultimodalLM")
-# Auto classes by what users ask for first: some architectures belong to several.
-_PREFERRED = ("SequenceClassification", "ImageClassification", *_GENERATIVE, "MaskedLM")
-
-
-class _DelegatedSignature:
-    """A method whose signature is that of the wrapped model's `forward`.
-
-    `Trainer` drops the dataset's columns that `forward` does not name, and pipelines probe it for arguments.
-    """
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-        functools.update_wrapper(self, function)  # type: ignore[arg-type]
-
-    def __get__(self, instance: EMRMergedModel | None, owner: type) -> Any:
-        if instance is None:
-            return _with_labels(self.function, getattr(owner, "_auto_suffix", None))
-        bound = functools.partial(self.function, instance)
-        if "model" in instance._modules:
-            bound.__signature__ = _with_emr_task(inspect.signature(instance.model.forward))  # type: ignore[attr-defined]
-        return bound
-
-
-def _with_labels(function: Callable[..., Any], suffix: str | None) -> Callable[..., Any]:
-    """The method as a class's attribute. `Trainer` asks the class, not the model, which arguments are labels."""
-
-    @functools.wraps(function)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    names = ("start_positions", "end_positions") if suffix == "QuestionAnswering" else ("labels",)
-    labels = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
-    signature = inspect.signature(function)
-    *others, kwargs_parameter = signature.parameters.values()
-    forward.__signature__ = signature.replace(parameters=[*others, *labels, kwargs_parameter])  # type: ignore[attr-defined]
-    return forward
-
-
-def _with_emr_task(signature: inspect.Signature) -> inspect.Signature:
-    parameters = list(signature.parameters.values())
-    position = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    emr_task = inspect.Parameter("emr_task", inspect.Parameter.KEYWORD_ONLY, default=None)
-    return signature.replace(parameters=[*parameters[:position], emr_task, *parameters[position:]])
+from .repo import copy_side_files, side_files_of
+from .signature import DelegatedSignature
 
 
 class EMRMergedModel(PreTrainedModel):
@@ -129,8 +81,10 @@ class EMRMergedModel(PreTrainedModel):
         self.post_init()
 
     def _check_architecture(self) -> None:
+        from .auto import architectures_of, head_class
+
         architecture = self.config.base_architecture
-        if self._auto_suffix and architecture not in _architectures(f"AutoModelFor{self._auto_suffix}"):
+        if self._auto_suffix and architecture not in architectures_of(f"AutoModelFor{self._auto_suffix}"):
             right = head_class(str(architecture)).__name__
             raise MismatchError(
                 f"{type(self).__name__} cannot hold {architecture}: load this repo as {right}"
@@ -162,6 +116,8 @@ class EMRMergedModel(PreTrainedModel):
 
     @staticmethod
     def _class_of_repo(name_or_path: Any, kwargs: dict[str, Any]) -> type[EMRMergedModel]:
+        from .auto import head_class
+
         config = kwargs.get("config")
         if not isinstance(config, EMRConfig):
             download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -213,6 +169,8 @@ class EMRMergedModel(PreTrainedModel):
     @contextmanager
     def _as_saved(self) -> Iterator[None]:
         """The configuration of a repo: the default task's labels, and where to find the classes."""
+        from .auto import auto_map
+
         self.config.apply_task(self.config.default_task)
         self.config.architectures = [type(self).__name__]
         self.config.auto_map = auto_map(type(self))
@@ -333,7 +291,7 @@ class EMRMergedModel(PreTrainedModel):
 
     # Delegation
 
-    @_DelegatedSignature
+    @DelegatedSignature
     def forward(self, *args: Any, emr_task: str | None = None, **kwargs: Any) -> Any:
         """The wrapped model's `forward`.
 
@@ -364,7 +322,7 @@ class EMRMergedModel(PreTrainedModel):
         return self.model.get_decoder(*args, **kwargs)
 
 
-class _DelegatedGeneration:
+class DelegatedGeneration:
     """Generation by the wrapped model, whose caches and inputs are its own."""
 
     model: Any
@@ -452,55 +410,3 @@ def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:
     for name, (module, attr) in model._sites.items():
         model.emr.base.get(name).copy_(getattr(module, attr).detach())
     model._activate(model._active, model.config.entry(model._active)["key"])
-
-
-# One class per Auto class: pipelines compare the class's name with the Auto class's mapping.
-
-
-def _architectures(auto_class: str) -> set[str]:
-    """Names of the architectures that an Auto class of transformers knows."""
-    names: set[str] = set()
-    for classes in getattr(transformers, auto_class)._model_mapping._model_mapping.values():
-        names.update([classes] if isinstance(classes, str) else classes)
-    return names
-
-
-def _make_head_class(suffix: str) -> type[EMRMergedModel]:
-    generative = suffix in _GENERATIVE
-    bases = (_DelegatedGeneration, EMRMergedModel, GenerationMixin) if generative else (EMRMergedModel,)
-    doc = f"[`EMRMergedModel`] for `AutoModelFor{suffix}`."
-    return type(f"EMRMergedModelFor{suffix}", bases, {"__module__": __name__, "__doc__": doc, "_auto_suffix": suffix})
-
-
-def _auto_suffixes() -> list[str]:
-    found = (re.fullmatch(r"AutoModelFor(\w+)", name) for name in dir(modeling_auto))
-    suffixes = [match[1] for match in found if match and hasattr(getattr(transformers, match[0]), "_model_mapping")]
-    return [*_PREFERRED, *(suffix for suffix in suffixes if suffix not in _PREFERRED)]
-
-
-HEAD_CLASSES = {suffix: _make_head_class(suffix) for suffix in _auto_suffixes()}
-globals().update({head.__name__: head for head in HEAD_CLASSES.values()})
-
-
-def head_class(architecture: str) -> type[EMRMergedModel]:
-    """The wrapper's class for an architecture; [`EMRMergedModel`] itself for a body without a head."""
-    for suffix, head in HEAD_CLASSES.items():
-        if architecture in _architectures(f"AutoModelFor{suffix}"):
-            return head
-    return EMRMergedModel
-
-
-def auto_map(model_class: type[EMRMergedModel]) -> dict[str, str]:
-    """`config.auto_map` of a repo: where to find its classes if emr_hf is not imported."""
-    module = SHIM_NAME.removesuffix(".py")
-    auto_name = model_class.__name__.replace("EMRMergedModel", "AutoModel")
-    names = {"AutoConfig": EMRConfig.__name__, "AutoModel": model_class.__name__, auto_name: model_class.__name__}
-    return {auto: f"{module}.{name}" for auto, name in names.items()}
-
-
-def register() -> None:
-    """Make the Auto classes and pipelines of transformers know merged repos."""
-    AutoConfig.register(EMRConfig.model_type, EMRConfig, exist_ok=True)
-    AutoModel.register(EMRConfig, EMRMergedModel, exist_ok=True)
-    for suffix, head in HEAD_CLASSES.items():
-        getattr(transformers, f"AutoModelFor{suffix}").register(EMRConfig, head, exist_ok=True)

@@ -79,18 +79,22 @@ def model_name(name: str) -> str:
 
 
 def tau_name(name: str) -> str:
+    """Where its part of the unified vector stands."""
     return f"emr.tau.{flat_name(name)}"
 
 
 def mask_name(key: str, name: str) -> str:
+    """Where a task's mask of it stands."""
     return f"emr.mask.{key}.{flat_name(name)}"
 
 
 def private_name(key: str, name: str) -> str:
+    """Where a task's own tensor stands."""
     return f"emr.private.{key}.{flat_name(name)}"
 
 
 def rescaler_name(key: str) -> str:
+    """Where a task's lambda stands."""
     return f"emr.rescaler.{key}"
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
+import importlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,6 +24,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import cache  # noqa: E402
+import causal_lm  # noqa: E402
 import demo  # noqa: E402
 import registry  # noqa: E402
 import text  # noqa: E402
@@ -244,7 +249,68 @@ def test_settings_tell_every_training_apart():
     assert text.models_folder(quick=True) != text.models_folder()
 
 
+# Images and plain text.
+
+
+def test_the_same_pixels_are_kept_once():
+    image_data = pytest.importorskip("image_data", reason="needs pillow")
+    one, other = image_data.to_rgb(np.zeros((2, 3))), image_data.to_rgb(np.ones((2, 3)))
+    assert one.shape == (2, 3, 3) and one.dtype == np.uint8
+    kept = image_data.distinct([(one, 0), (one.copy(), 1), (other, 1)])
+    assert [label for _, label in kept] == [0, 1]
+
+
+def test_only_arrays_are_unpickled(tmp_path):
+    image_data = pytest.importorskip("image_data", reason="needs pillow")
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    for content in (array, Path("x")):
+        with gzip.open(tmp_path / type(content).__name__, "wb") as stream:
+            pickle.dump(content, stream, protocol=4)
+    assert np.array_equal(image_data.load_array(tmp_path / "ndarray"), array)
+    with pytest.raises(pickle.UnpicklingError, match="expected a plain array, found pathlib"):
+        image_data.load_array(tmp_path / type(Path("x")).__name__)
+
+
+class Letters:
+    """A tokenizer that makes a token of each character."""
+
+    eos_token = "|"
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def test_blocks_join_documents_and_drop_the_rest(monkeypatch):
+    monkeypatch.setattr(causal_lm, "BLOCK", 4)
+    cut = list(causal_lm.blocks(iter(["abc ", "defghi", "jk"]), Letters()))
+    assert ["".join(map(chr, block["input_ids"])) for block in cut] == ["abc|", "defg", "hi|j"]
+    assert all(block["labels"] == block["input_ids"] for block in cut)
+
+
+def test_no_document_is_trained_on_and_tested(monkeypatch):
+    documents = [str(i) * 9 for i in range(9)]
+    monkeypatch.setattr(causal_lm, "BLOCK", 4)
+    monkeypatch.setattr(causal_lm, "TEST_BLOCKS", 3)
+    monkeypatch.setattr(causal_lm, "fetch", lambda package: None)
+    monkeypatch.setitem(causal_lm.TASKS, "tales", lambda folder: documents * 2)
+    train, test = causal_lm.load_blocks("tales", 5, Letters())
+    assert (len(train), len(test)) == (5, 3)
+    letters = [{token for block in part for token in block["input_ids"]} - {ord("|")} for part in (train, test)]
+    assert not letters[0] & letters[1]
+    assert causal_lm.load_blocks("tales", 2, Letters()) == (train[:2], test)
+
+
 # The demo.
+
+
+@pytest.mark.parametrize("name", ["vision", "causal_lm"])
+def test_other_recipes_name_their_tasks(name):
+    if name == "vision":
+        pytest.importorskip("image_data", reason="needs pillow")
+    module = importlib.import_module(name)
+    content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    made = {task: f"${{EMR_HF_CACHE}}/models/{name}/{task}" for task in module.TASKS}
+    assert content["tasks"] == made
 
 
 def test_recipe_names_the_tasks_and_where_they_are_made():

@@ -1,0 +1,303 @@
+"""Every check of a merge that needs no tensor: configurations and headers alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+from . import election
+from .bits import packed_size
+from .checkpoint import Checkpoint, build_skeleton, tied_names
+from .errors import CheckpointError, MismatchError, RepoError
+from .plan import Plan, dtype_name
+from .recipe import Recipe
+from .repo import check_target, mask_name, model_name, private_name, rescaler_name, tau_name
+from .report import human
+from .sources import MERGEABLE_DTYPES, Source, open_source
+from .storage import TensorInfo
+
+# Sizes that must agree for one model's weights to mean anything in the other; names of PreTrainedConfig and of the
+# common vision configurations. A field that a configuration lacks is not compared.
+_STRUCTURE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "encoder_layers",
+    "decoder_layers",
+    "depths",
+    "hidden_sizes",
+    "num_experts",
+    "num_local_experts",
+    "tie_word_embeddings",
+)
+# Heads of models whose class does not keep them apart from a named body.
+_HEAD = re.compile(r"^(classifier|score|qa_outputs|classification_head|projector|head|logits_proj|fc)\.")
+
+
+def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False) -> Plan:
+    """Validate a merge without reading a tensor.
+
+    Args:
+        recipe: what to merge.
+        out (*optional*): where; the folder and the free disk space are checked if it is given.
+        overwrite: whether `out` may hold a merged repo already.
+
+    Raises:
+        EMRError: the first thing that is wrong, of the subclass that says what kind.
+    """
+    if out is not None:
+        check_target(Path(out), overwrite)
+    base = open_source(recipe.base, "base")
+    sources = {task: open_source(reference, task) for task, reference in recipe.finetunes.items()}
+    architecture = _common_architecture(sources)
+    for source in sources.values():
+        _check_same_structure(base, source)
+        _check_tokenizer(source)
+    default = sources[recipe.default_task or next(iter(sources))]
+    dtype = _main_dtype(base)
+    skeleton = build_skeleton(default, dtype)
+    plan = Plan(
+        recipe=recipe,
+        base=Checkpoint(base, skeleton),
+        finetunes={task: Checkpoint(source, skeleton) for task, source in sources.items()},
+        architecture=architecture,
+        config=skeleton.config,
+        skeleton=skeleton,
+        dtype=dtype,
+        merged=[],
+        private={},
+    )
+    _assign(plan)
+    _list_skipped(plan)
+    plan.outputs = _outputs(plan)
+    plan.warnings = _warnings(plan)
+    if out is not None:
+        _check_space(plan, Path(out))
+    return plan
+
+
+def _common_architecture(sources: Mapping[str, Source]) -> str:
+    first, *others = sources.values()
+    if first.architecture is None:
+        raise MismatchError(f"{first.label}: config.json names no architecture: expected one, such as BertForMaskedLM")
+    for source in others:
+        if source.architecture != first.architecture:
+            raise MismatchError(
+                f"{source.label}: its architecture is {source.architecture}, that of {first.label} is "
+                f"{first.architecture}: all finetunes must be of one class"
+            )
+    return first.architecture
+
+
+def _check_same_structure(base: Source, source: Source) -> None:
+    if source.config.model_type != base.config.model_type:
+        raise MismatchError(
+            f"{source.label}: model type {source.config.model_type}, the base is {base.config.model_type}: "
+            "a finetune must have the base's architecture"
+        )
+    pairs = [(base.config, source.config)]
+    for key in base.config.sub_configs:
+        pairs.append((getattr(base.config, key), getattr(source.config, key)))
+    for ours, theirs in pairs:
+        for name in ("vocab_size", *_STRUCTURE):
+            expected, found = getattr(ours, name, None), getattr(theirs, name, None)
+            if expected is not None and found is not None and expected != found:
+                what = "another vocabulary size" if name == "vocab_size" else "another architecture"
+                raise MismatchError(f"{source.label}: {what}: {name} is {found}, that of the base is {expected}")
+
+
+def _check_tokenizer(source: Source) -> None:
+    path = source.folder / "tokenizer_config.json" if source.folder else None
+    if path is not None and path.is_file():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{source.label}: {path} is no valid JSON: {error}") from None
+
+
+def _main_dtype(base: Source) -> torch.dtype:
+    """The dtype of most of the base's elements."""
+    elements: dict[torch.dtype, int] = {}
+    for info in base.storage.infos.values():
+        if info.dtype in MERGEABLE_DTYPES:
+            elements[info.dtype] = elements.get(info.dtype, 0) + info.numel
+    if not elements:
+        raise CheckpointError(f"base: {base.name} holds no tensor of F32, BF16, F16 or F64: nothing to merge")
+    return max(elements, key=lambda dtype: elements[dtype])
+
+
+def _assign(plan: Plan) -> None:
+    """Sort the model's tensors into merged and private."""
+    aliases = tied_names(plan.skeleton)
+    parameters = dict(plan.skeleton.named_parameters(remove_duplicate=False))
+    patterns = [re.compile(pattern) for pattern in plan.recipe.private]
+    for name in plan.skeleton.state_dict():
+        if name in aliases:
+            continue
+        for task, checkpoint in plan.finetunes.items():
+            if name not in checkpoint.infos:
+                raise MismatchError(
+                    f"{task}: {name} is missing from {checkpoint.source.name}: {plan.architecture} needs it"
+                )
+        why = _why_private(plan, name, name in parameters, patterns)
+        if name in parameters:
+            _check_dtypes(plan, name, with_base=why is None)
+        if why is None:
+            _check_shape(plan, name, parameters[name].shape)
+            plan.merged.append(name)
+        else:
+            plan.private[name] = why
+    if not plan.merged:
+        reasons = ", ".join(sorted(set(plan.private.values())))
+        raise MismatchError(f"nothing to merge: every tensor of {plan.architecture} is private ({reasons})")
+
+
+def _why_private(plan: Plan, name: str, is_parameter: bool, patterns: Sequence[re.Pattern[str]]) -> str | None:
+    if any(pattern.search(name) for pattern in patterns):
+        return "asked for by the recipe"
+    if not is_parameter:
+        return "buffer"
+    if is_head(plan.skeleton, name):
+        return "head"
+    if name not in plan.base.infos:
+        return "not in the base"
+    for task, checkpoint in plan.finetunes.items():
+        expected, found = plan.base.infos[name].shape, checkpoint.infos[name].shape
+        if found == expected:
+            continue
+        if "position" in name:  # longer or shorter inputs, the same model otherwise
+            return "shapes differ"
+        raise MismatchError(
+            f"{task}: another architecture: {name} is {list(found)}, that of the base is {list(expected)}; "
+            f"to keep it for each task by itself, list it under private"
+        )
+    return None
+
+
+def is_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter belongs to the task's head.
+
+    A head is what a class adds to its body (`base_model_prefix`), unless it maps to the vocabulary: that one is the
+    same for all tasks and is merged.
+    """
+    if model.get_output_embeddings() is not None:
+        return False
+    body = model.base_model_prefix
+    if body and hasattr(model, body):
+        return not name.startswith(f"{body}.")
+    return _HEAD.match(name) is not None
+
+
+def _check_dtypes(plan: Plan, name: str, with_base: bool) -> None:
+    for checkpoint in ([plan.base] if with_base else []) + list(plan.finetunes.values()):
+        dtype = checkpoint.infos[name].dtype
+        if dtype not in MERGEABLE_DTYPES:
+            raise CheckpointError(
+                f"{checkpoint.source.label}: {name} is {dtype_name(dtype)}, as in a quantised checkpoint: "
+                "expected float32, bfloat16, float16 or float64"
+            )
+
+
+def _check_shape(plan: Plan, name: str, expected: torch.Size) -> None:
+    """The checkpoints agree with each other by now; they have to agree with their configuration too."""
+    found = plan.base.infos[name].shape
+    if found != tuple(expected):
+        raise MismatchError(
+            f"{name} is {list(found)} in all checkpoints, but {list(expected)} by the configuration of "
+            f"{plan.default_task}: correct its config.json"
+        )
+
+
+def _list_skipped(plan: Plan) -> None:
+    for checkpoint in (plan.base, *plan.finetunes.values()):
+        label = checkpoint.source.label
+        for name in checkpoint.unexpected:
+            plan.skipped.append((label, name, f"not part of {plan.architecture}"))
+    for name in plan.base.infos:
+        if name in plan.private:
+            plan.skipped.append(("base", name, f"each task has its own, {plan.private[name]}"))
+
+
+def _outputs(plan: Plan) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of everything the repo will hold, base first, then the vector, then task by task."""
+    tau_dtype = election.TAU_DTYPES[plan.recipe.tau_dtype]
+    dtypes = _load_dtypes(plan.skeleton, plan.dtype)
+    shapes = {name: plan.base.infos[name].shape for name in plan.merged}
+    outputs = {model_name(name): TensorInfo(shape, dtypes[name]) for name, shape in shapes.items()}
+    outputs |= {tau_name(name): TensorInfo(shape, tau_dtype) for name, shape in shapes.items()}
+    for task, key in plan.task_keys.items():
+        infos = plan.finetunes[task].infos
+        for name in plan.merged:
+            outputs[mask_name(key, name)] = TensorInfo((packed_size(infos[name].numel),), torch.uint8)
+        for name in plan.private:
+            outputs[private_name(key, name)] = infos[name]
+        outputs[rescaler_name(key)] = TensorInfo((), torch.float32)
+    return outputs
+
+
+def _load_dtypes(skeleton: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes that `from_pretrained(dtype=dtype)` gives; stored so, they load and save again unchanged."""
+    dtypes = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+    kept = skeleton._get_dtype_plan(dtype)
+    if kept:
+        matcher, pattern_of_group, _ = build_glob_alternation(list(kept))
+        for name in dtypes:
+            if (match := matcher.search(name)) is not None and match.lastgroup is not None:
+                dtypes[name] = kept[pattern_of_group[match.lastgroup]]
+    return dtypes
+
+
+def _warnings(plan: Plan) -> list[str]:
+    warnings = []
+    seen: dict[object, str] = {}
+    for task, checkpoint in plan.finetunes.items():
+        source = checkpoint.source
+        where = source.folder.resolve() if source.folder else id(source.model)
+        if source.folder and plan.base.source.folder and where == plan.base.source.folder.resolve():
+            warnings.append(f"{task}: is the base itself; its task vector is zero")
+        if where in seen:
+            warnings.append(f"{task}: is the same checkpoint as {seen[where]}")
+        seen.setdefault(where, task)
+        warnings += _config_differences(plan, task)
+        dtype = _main_dtype(source)
+        if dtype.itemsize < plan.dtype.itemsize:
+            warnings.append(
+                f"{task}: is {dtype_name(dtype)} and the base {dtype_name(plan.dtype)}; rounding becomes part of "
+                "its task vector. Better give the base as it was when the finetune started from it"
+            )
+    return warnings
+
+
+# What may differ between finetunes' configurations without changing the model that the weights make.
+_HARMLESS = (
+    "_name_or_path architectures dtype finetuning_task id2label label2id num_labels problem_type task_specific_params "
+    "transformers_version use_cache output_attentions output_hidden_states return_dict torch_dtype"
+).split()
+
+
+def _config_differences(plan: Plan, task: str) -> list[str]:
+    """The repo has one configuration, the default task's: what another finetune has otherwise is lost."""
+    ours, theirs = plan.config.to_dict(), plan.finetunes[task].source.config.to_dict()
+    return [
+        f"{task}: {name} is {theirs.get(name)!r}, but the merged model has {plan.default_task}'s {ours.get(name)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in _HARMLESS and "dropout" not in name and ours.get(name) != theirs.get(name)
+    ]
+
+
+def _check_space(plan: Plan, out: Path) -> None:
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < plan.bytes_out:
+        raise RepoError(f"no space for {out}: needs {human(plan.bytes_out)}, {human(free)} are free")
