@@ -1,6 +1,6 @@
 """Finetune SmolLM2-135M-Instruct on three kinds of English into the cache, for `causal_lm.yaml` to merge.
 
-The model comes as a 4-bit GGUF file, read with `pip install gguf`, and is finetuned and merged in float32.
+The model comes as a 4-bit GGUF file (read with the gguf package, in `.[recipes]`); tuned and merged in float32.
 The runs are short: they shift the model towards a style and teach it no more. Scores are perplexities on unseen text,
 lower is better. Needs 5 GB of memory and 4 GB of disk.
 

