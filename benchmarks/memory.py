@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--hidden 512 1024] [--tasks 2 8]
 
-Private memory is `RssAnon`: pages mapped from files are the operating system's to take back. Each merge runs in a process
-of its own, on random weights (only sizes matter here).
+Private memory is `RssAnon`: pages mapped from files are the operating system's to take back. Each merge runs in a
+process of its own, on random weights (only sizes matter here).
 """
 
 from __future__ import annotations

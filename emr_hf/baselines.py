@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .election import shared_names
 from .errors import OptionError
 
 StateDict = Mapping[str, Tensor]
@@ -59,14 +60,3 @@ def task_arithmetic(base: StateDict, finetunes: Mapping[str, StateDict], scale: 
             moved += weights[name].to(start) - start
         merged[name] = (start + scale * moved).to(base[name].dtype)
     return merged
-
-
-def shared_names(base: StateDict, finetunes: Mapping[str, StateDict]) -> list[str]:
-    """Names of the floating point tensors that `base` and every finetune hold with one shape."""
-    return [
-        name
-        for name, tensor in base.items()
-        if tensor.is_floating_point()
-        and all(name in weights and weights[name].shape == tensor.shape for weights in finetunes.values())
-        and all(weights[name].is_floating_point() for weights in finetunes.values())
-    ]

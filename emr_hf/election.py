@@ -309,7 +309,7 @@ def merge_state_dicts(
         raise OptionError("nothing to merge: expected at least one finetune, got none")
     if rescale not in RESCALERS:
         raise OptionError(f"rescale={rescale!r} is unknown: expected one of {', '.join(RESCALERS)}")
-    names = [name for name, tensor in base.items() if _is_shared(name, tensor, finetunes.values())]
+    names = shared_names(base, finetunes)
     if not names:
         raise OptionError("nothing to merge: the base and the finetunes have no floating-point tensor in common")
     result = Merge(masks={task: {} for task in finetunes})
@@ -328,11 +328,14 @@ def merge_state_dicts(
     return result
 
 
-def _is_shared(name: str, tensor: Tensor, finetunes: Iterable[Mapping[str, Tensor]]) -> bool:
-    return tensor.is_floating_point() and all(
-        name in state_dict and state_dict[name].is_floating_point() and state_dict[name].shape == tensor.shape
-        for state_dict in finetunes
-    )
+def shared_names(base: Mapping[str, Tensor], finetunes: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Names of the floating-point tensors that the base and every finetune have in one shape."""
+
+    def fits(name: str, state_dict: Mapping[str, Tensor]) -> bool:
+        found = state_dict.get(name)
+        return found is not None and found.is_floating_point() and found.shape == base[name].shape
+
+    return [name for name in base if all(fits(name, weights) for weights in (base, *finetunes.values()))]
 
 
 def _merge_tensor(name: str, base: Tensor, finetunes: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor], list[Sums]]:

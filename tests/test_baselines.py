@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import emr_hf.baselines
-from emr_hf.baselines import shared_names, task_arithmetic, weight_average
+from emr_hf.baselines import task_arithmetic, weight_average
+from emr_hf.election import shared_names
 from emr_hf.errors import OptionError
 
 

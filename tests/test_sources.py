@@ -365,6 +365,16 @@ def test_a_download_that_breaks_is_an_error_about_the_input_and_leaves_nothing(
     assert not any(tmp_path.glob("target*"))
 
 
+def test_without_a_network_a_cached_repo_is_used(hub, hub_finetunes, bert_repo, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "model_info", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    cached = {name: copy_of(folder, tmp_path / name / COMMIT) for name, folder in hub.repos.items()}
+    monkeypatch.setattr(sources, "snapshot_download", lambda name, local_files_only, **kwargs: cached[name])
+    emr_hf.merge("google/tiny-bert", hub_finetunes, tmp_path / "out")
+    assert_same_bits(stored_tensors(tmp_path / "out"), stored_tensors(bert_repo))
+    assert emr_hf.inspect(tmp_path / "out").tasks["items"]["revision"] == COMMIT
+
+
 def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub, bert_inputs, tmp_path, monkeypatch):
     copy_of(bert_inputs.base, tmp_path / "google" / "tiny-bert")
     monkeypatch.chdir(tmp_path)
