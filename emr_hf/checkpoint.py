@@ -137,6 +137,12 @@ class Checkpoint:
             del self.infos[alias]
         return both
 
+    @property
+    def largest_conversion(self) -> int:
+        """Bytes of the largest tensor that has to be made of others in memory; 0 where all are read as they are."""
+        converted = (name for name, group in self._groups.items() if group.converter and name in self.infos)
+        return max((self.infos[name].nbytes for name in converted), default=0)
+
     def check_tied(self) -> None:
         """Raise if tensors that the configuration ties are stored with different values."""
         for alias, name in self._tied.items():

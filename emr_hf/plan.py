@@ -77,8 +77,8 @@ class Plan:
     @property
     def memory(self) -> int:
         """Estimate of the private memory that the merge's tensors need, bytes; mapped files are not counted."""
-        largest = max((info.nbytes for info in self.base.infos.values()), default=0)
-        return 128 * election.CHUNK + 2 * largest
+        checkpoints = [self.base, *self.finetunes.values()]
+        return 128 * election.CHUNK + 2 * max(checkpoint.largest_conversion for checkpoint in checkpoints)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         return self.outputs[model_name(name)].dtype
