@@ -67,7 +67,7 @@ class EMRBank(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRBank:
         """Follow `.to(device)`. A change of dtype is the model's and the base's: everything else stays exact."""
-        exact = (self.tau, self.rescaler, *self.private.children())
+        exact = (self.tau, self.rescaler, *self.mask.children(), *self.private.children())
         kept = {buffers: dict(buffers._buffers) for buffers in exact}
         super()._apply(fn, recurse)
         for buffers, before in kept.items():

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .errors import RepoError, UnknownTaskError
+from .errors import OptionError, RepoError, UnknownTaskError
 from .repo import FORMAT_VERSION, MODEL_TYPE
+
+# Fields that both configurations have and that are about the model as a whole.
+_SHARED_FLAGS = ("output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward")
 
 
 class EMRConfig(PreTrainedConfig):
@@ -24,7 +29,7 @@ class EMRConfig(PreTrainedConfig):
         base_model_name_or_path, base_revision: where the base came from.
         tasks: task -> `key` (its name in buffers and files), `index` (the order of merging), `id2label`,
             `problem_type`, `private` (name -> [shape, dtype]), `source`, `revision`, `tokenizer` (its folder in the
-            repo, or `None` for the shared one).
+            repo, or `None` for the shared one), `generation_config` (`None` where all tasks have the same).
         default_task: active after loading.
         merged_parameters: names of the merged tensors.
         tau_dtype: what the unified vector is stored in.
@@ -77,6 +82,19 @@ class EMRConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.base_config, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is read from the wrapped model's configuration is written there too.
+        base = self.__dict__.get("base_config")
+        if isinstance(base, PreTrainedConfig) and "_post_init_done" in self.__dict__:
+            if name == "num_labels":
+                raise OptionError("num_labels belongs to each task of a merged model and cannot be set for all")
+            if name in _SHARED_FLAGS:
+                setattr(base, name, value)
+            elif name not in _own_names() and not name.startswith("_") and hasattr(base, name):
+                setattr(base, name, value)
+                return
+        super().__setattr__(name, value)
+
     def entry(self, task: object) -> dict[str, Any]:
         """What is recorded of a task.
 
@@ -105,6 +123,12 @@ class EMRConfig(PreTrainedConfig):
 def task_entry(config: PreTrainedConfig, **entry: Any) -> dict[str, Any]:
     """A value of `EMRConfig.tasks`, with what follows the task taken from the finetune's configuration."""
     return {"id2label": dict(config.id2label or {}), "problem_type": config.problem_type, **entry}
+
+
+@functools.cache
+def _own_names() -> set[str]:
+    """Attributes that the wrapper's configuration has itself."""
+    return {f.name for f in dataclasses.fields(EMRConfig)} | set(dir(PreTrainedConfig))
 
 
 def _recipe_order(field_name: str) -> tuple[int, str]:

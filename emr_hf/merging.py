@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -35,7 +35,7 @@ from .repo import (
     tau_name,
 )
 from .report import MergeReport, TaskReport
-from .sources import Reference
+from .sources import Reference, Source
 
 
 def merge(
@@ -218,6 +218,10 @@ def _dominating(totals: Mapping[str, Sums], times: float = 4.0) -> list[str]:
 def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
     """The repo's configuration; writes the tokenizers and generation settings that it names."""
     tokenizers = _copy_tokenizers(plan, folder)
+    generation = {task: _generation_settings(checkpoint.source) for task, checkpoint in plan.finetunes.items()}
+    if (settings := generation[plan.default_task]) is not None:
+        (folder / GENERATION_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    differ = any(settings != generation[plan.default_task] for settings in generation.values())
     tasks = {}
     for index, (task, key) in enumerate(plan.task_keys.items()):
         source = plan.finetunes[task].source
@@ -229,6 +233,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
             source=source.name,
             revision=source.revision,
             tokenizer=tokenizers[task],
+            generation_config=(generation[task] or {}) if differ else None,
         )
     base_config = type(plan.config).from_dict(plan.config.to_dict())
     base_config.dtype = plan.dtype
@@ -251,6 +256,13 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
     )
 
 
+def _generation_settings(source: Source) -> dict[str, Any] | None:
+    if source.model is not None:
+        return source.model.generation_config.to_diff_dict() if source.model.can_generate() else None
+    path = source.folder / GENERATION_CONFIG if source.folder else None
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+
+
 def _spec(plan: Plan, key: str, name: str) -> list[Any]:
     info = plan.outputs[private_name(key, name)]
     return [list(info.shape), dtype_name(info.dtype)]
@@ -262,10 +274,6 @@ def _copy_tokenizers(plan: Plan, folder: Path) -> dict[str, str | None]:
     for source in (default, plan.base.source):
         if source.folder is not None and copy_side_files(source.folder, folder):
             break
-    if default.model is not None and default.model.can_generate():
-        default.model.generation_config.save_pretrained(folder)
-    elif default.folder is not None and (default.folder / GENERATION_CONFIG).is_file():
-        shutil.copyfile(default.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     places: dict[str, str | None] = {}
     for task, key in plan.task_keys.items():
         own = plan.finetunes[task].source.folder

@@ -27,8 +27,8 @@ class EMRMergedModel(PreTrainedModel):
 
     At any time the wrapped model, `self.model`, holds the weights of the active task. A switch rebuilds them in place
     from the stored base, `W = base + lambda * mask * tau` (`emr_hf.bits.rebuild`), so it neither drifts nor moves a
-    weight to another address. What is trained of these weights belongs to no task: it is lost by the next switch and
-    not saved; train an adapter on top, or `merge_and_unload` first.
+    weight to another address. These weights are frozen: what is trained of them would belong to no task. Train an
+    adapter on top, or what `merge_and_unload` gives.
 
     Not thread-safe: give each thread its own model. A key-value cache filled under one task is of no use to another.
 
@@ -67,10 +67,15 @@ class EMRMergedModel(PreTrainedModel):
         self._check_architecture()
         self.model = model_class_of(str(config.base_architecture))(config.base_config)
         self._active: str | None = None
+        self._half_switched = False
         # Owners of the merged parameters: PEFT may rename the path to a module, not the module.
         self._sites = {name: _site(self.model, name) for name in config.merged_parameters or []}
-        self._private_names = sorted({name for entry in config.tasks.values() for name in entry["private"]})
-        self._private_sites = {name: _site(self.model, name) for name in self._private_names}
+        private_names = sorted({name for entry in config.tasks.values() for name in entry["private"]})
+        aliases = self.model.all_tied_weights_keys
+        same = {name: [name, *(alias for alias in aliases if aliases[alias] == name)] for name in private_names}
+        # Private tensors may change shape, and so their Parameter: all owners of a tied one must get it.
+        self._private_sites = {name: [_site(self.model, n) for n in names] for name, names in same.items()}
+        self._private_names = [n for names in same.values() for n in names]
         shapes = {name: getattr(module, attr).shape for name, (module, attr) in self._sites.items()}
         private = {entry["key"]: _private_spec(entry["private"]) for entry in config.tasks.values()}
         self.emr = EMRBank(shapes, TAU_DTYPES[config.tau_dtype], private)
@@ -79,6 +84,11 @@ class EMRMergedModel(PreTrainedModel):
         self.register_load_state_dict_pre_hook(_restore_base)
         self.register_load_state_dict_post_hook(_take_loaded_base)
         self.post_init()
+        self.all_tied_weights_keys = {
+            alias: name
+            for alias, name in self.all_tied_weights_keys.items()
+            if name.removeprefix("model.") not in self._private_sites
+        }
 
     def _check_architecture(self) -> None:
         from .auto import architectures_of, head_class
@@ -148,6 +158,12 @@ class EMRMergedModel(PreTrainedModel):
         names = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
         hub_options = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder = Path(save_directory)
+        if getattr(self, "_hf_peft_config_loaded", False):  # an adapter of transformers' own: only that is saved
+            return super().save_pretrained(save_directory, *args, **{**kwargs, "push_to_hub": push_to_hub})
+        if not self._sites.keys() <= {name for name, _ in self.model.named_parameters()}:
+            raise EMRError(
+                "adapters are attached to this model: save them by their own save_pretrained, or unload them"
+            )
         self.set_task(self._active or self.config.default_task)
         with self._as_saved():
             # Names in memory are the names on disk: the bank's tensors have no other form.
@@ -171,13 +187,17 @@ class EMRMergedModel(PreTrainedModel):
         """The configuration of a repo: the default task's labels, and where to find the classes."""
         from .auto import auto_map
 
+        generation_config = getattr(self.model, "generation_config", None)
         self.config.apply_task(self.config.default_task)
+        self._use_generation_config(self.config.entry(self.config.default_task))
         self.config.architectures = [type(self).__name__]
         self.config.auto_map = auto_map(type(self))
         try:
             yield
         finally:
             self.config.apply_task(self._active or self.config.default_task)
+            if generation_config is not None:
+                self.model.generation_config = generation_config
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
         """Save and upload, with a model card of its own. The tokenizer is pushed by itself, or use `emr-hf push`.
@@ -216,9 +236,9 @@ class EMRMergedModel(PreTrainedModel):
             OffloadedError: part of the model is offloaded; nothing has been changed.
         """
         entry = self.config.entry(task)
-        if task != self._active:
+        if task != self._active or self._half_switched:
             self._check_in_memory()
-            self._activate(task, entry["key"])
+            self._activate(task, entry)
         return self
 
     @contextmanager
@@ -243,36 +263,46 @@ class EMRMergedModel(PreTrainedModel):
     def _check_in_memory(self) -> None:
         if not isinstance(getattr(self, "emr", None), EMRBank):
             raise EMRError("merge_and_unload() has taken this model apart: load the repo again")
-        sites = {**self._sites, **self._private_sites}
-        away = [name for name, (module, attr) in sites.items() if getattr(module, attr).is_meta]
+        away = [name for name, (module, attr) in self._sites.items() if getattr(module, attr).is_meta]
+        away += [name for name, buffer in self.emr.named_buffers() if buffer.is_meta]
         if away:
             raise OffloadedError(
                 f"{len(away)} tensors are offloaded ({away[0]}, ...) and cannot be switched: load the model without "
                 "offloading, or export the task (emr-hf export) and offload that"
             )
 
+    @torch.inference_mode(False)  # a Parameter made in inference mode could never be switched or trained again
     @torch.no_grad()
-    def _activate(self, task: str, key: str) -> None:
+    def _activate(self, task: str, entry: dict[str, Any]) -> None:
+        self._half_switched = True  # until the end: an interrupted switch is made good by the next
+        key = entry["key"]
         for name, (module, attr) in self._sites.items():
             parameter = getattr(module, attr)
             if not self.emr.base.has(name):  # the first switch: what was loaded is the base
                 self.emr.base.put(name, parameter.detach().clone(), persistent=False)
+                parameter.requires_grad_(False)  # these weights are rebuilt, training them would be lost
             base, tau, packed = self.emr.base.get(name), self.emr.tau.get(name), self.emr.mask_of(key, name)
             bits.rebuild(base, tau, packed, self.emr.rescaler.get(key), out=parameter)
-        for name, (module, attr) in self._private_sites.items():
-            _install(module, attr, self.emr.private_of(key, name))
+        for name, owners in self._private_sites.items():
+            _install(owners, self.emr.private_of(key, name))
         self.config.apply_task(task)
         for module in self.model.modules():
             if "num_labels" in vars(module):
                 module.num_labels = self.config.num_labels
-        self._active = task
+        self._use_generation_config(entry)
+        self._active, self._half_switched = task, False
+
+    def _use_generation_config(self, entry: dict[str, Any]) -> None:
+        """Tasks have generation settings of their own only where these differ."""
+        if entry.get("generation_config") is not None:
+            self.model.generation_config = GenerationConfig.from_dict(entry["generation_config"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRMergedModel:
         """Move or cast. After a cast the weights are rebuilt from the cast base, as a load in that dtype has them."""
         before = self.dtype
         super()._apply(fn, recurse)
         if self._active is not None and self.dtype != before:
-            self._activate(self._active, self.config.entry(self._active)["key"])
+            self._activate(self._active, self.config.entry(self._active))
         return self
 
     def merge_and_unload(self, task: str | None = None) -> PreTrainedModel:
@@ -285,7 +315,7 @@ class EMRMergedModel(PreTrainedModel):
             a plain model of class `config.base_architecture`, bit for bit the live model on that task.
         """
         self.set_task(task or self._active or self.config.default_task)
-        model = self.model
+        model = self.model.requires_grad_(True)
         self.emr = nn.Module()  # type: ignore[assignment]
         return model
 
@@ -298,10 +328,29 @@ class EMRMergedModel(PreTrainedModel):
         Args:
             emr_task (*optional*): switch to this task first; it stays active.
             args, kwargs: the wrapped model's.
+
+        Raises:
+            OffloadedError: the model was offloaded after loading, so its hooks hold the base's weights.
+            EMRError: a loss is asked for in training mode, but nothing can be trained.
         """
         if emr_task is not None:
             self.set_task(emr_task)
+        if not torch.compiler.is_compiling():
+            self._check_forward(kwargs)
         return self.model(*args, **kwargs)
+
+    def _check_forward(self, kwargs: dict[str, Any]) -> None:
+        if hasattr(self, "_hf_hook") and any(getattr(m, attr).is_meta for m, attr in self._sites.values()):
+            raise OffloadedError(
+                "this model was offloaded after loading, with the base's weights instead of the task's: offload "
+                "model.model, or what merge_and_unload(task) gives"
+            )
+        asks_loss = self.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
+        if asks_loss and not any(parameter.requires_grad for parameter in self.parameters()):
+            raise EMRError(
+                "the merged weights are frozen, as every switch rebuilds them: train an adapter on top (PEFT), or "
+                "what merge_and_unload(task) gives"
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -342,6 +391,11 @@ class DelegatedGeneration:
             self.set_task(emr_task)  # type: ignore[attr-defined]
         return self.model.generate(*args, **kwargs)
 
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Reads the repo's settings, which are the default task's, after the task has been set."""
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
+        self._use_generation_config(self.config.entry(self.active_task))  # type: ignore[attr-defined]
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.prepare_inputs_for_generation(*args, **kwargs)
 
@@ -355,16 +409,27 @@ def _private_spec(private: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.
     return {name: (torch.Size(shape), getattr(torch, dtype)) for name, (shape, dtype) in private.items()}
 
 
-def _install(module: nn.Module, attr: str, value: Tensor) -> None:
-    """Give a module its private tensor: in place where the shape allows it."""
+def _install(owners: list[tuple[nn.Module, str]], value: Tensor) -> None:
+    """Give a private tensor to the modules that own it: in place where the shape allows it."""
+    module, attr = owners[0]
     current = getattr(module, attr)
-    if current.shape == value.shape:
-        current.copy_(value)
-        return
-    fresh = value.to(current.device, current.dtype, copy=True)
+    if current.shape == value.shape and not current.is_meta:
+        new = current
+        new.copy_(value)
+    else:
+        device = value.device if current.is_meta else current.device
+        new = value.to(device, current.dtype, copy=True)
     if isinstance(current, nn.Parameter):
-        fresh = nn.Parameter(fresh, requires_grad=current.requires_grad)
-    setattr(module, attr, fresh)
+        new = new if new is current else nn.Parameter(new, requires_grad=False)
+        new.requires_grad_(False)
+    for module, attr in owners:
+        if getattr(module, attr) is not new:
+            setattr(module, attr, new)
+            _adjust_sizes(module, attr, value)
+
+
+def _adjust_sizes(module: nn.Module, attr: str, value: Tensor) -> None:
+    """A module's own record of its weight's shape."""
     sizes = {
         nn.Linear: ("out_features", "in_features"),
         nn.Embedding: ("num_embeddings", "embedding_dim"),
@@ -392,8 +457,13 @@ def _save_base_weights(model: EMRMergedModel, state_dict: dict[str, Any], prefix
         state_dict.pop(f"{prefix}model.{name}", None)
 
 
-def _restore_base(model: EMRMergedModel, *_: Any) -> None:
+def _restore_base(
+    model: EMRMergedModel, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
     """Before `load_state_dict`: what it leaves alone must be the base too, not some task's weights."""
+    if local_metadata.get("assign_to_params_buffers"):  # what we rebuild in place must be ours
+        ours = [name for name in state_dict if name.startswith(f"{prefix}model.")]
+        state_dict.update({name: state_dict[name].clone() for name in ours})
     if model._active is not None and isinstance(model.emr, EMRBank):
         with torch.no_grad():
             for name, (module, attr) in model._sites.items():
@@ -409,4 +479,4 @@ def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:
         return
     for name, (module, attr) in model._sites.items():
         model.emr.base.get(name).copy_(getattr(module, attr).detach())
-    model._activate(model._active, model.config.entry(model._active)["key"])
+    model._activate(model._active, model.config.entry(model._active))

@@ -43,9 +43,19 @@ SIDE_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "tokenizer.model",
+    "spm.model",
+    "source.spm",
+    "target.spm",
+    "bpe.model",
+    "vocab.bpe",
+    "bpe.codes",
+    "dict.txt",
+    "entity_vocab.json",
     "chat_template.jinja",
+    "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
 )
 GENERATION_CONFIG = "generation_config.json"
 

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertForSequenceClassification,
+    GenerationConfig,
+    MarianMTModel,
     Trainer,
     TrainingArguments,
 )
@@ -109,6 +112,35 @@ def test_an_unknown_task_on_loading(bert_repo):
         AutoModelForSequenceClassification.from_pretrained(bert_repo, emr_task="item")
 
 
+def test_switching_in_inference_mode_leaves_ordinary_parameters(bert_repo):
+    model = AutoModelForSequenceClassification.from_pretrained(bert_repo)
+    with torch.inference_mode():
+        model.set_task("mnli.v1")  # a head of another shape
+        model(**batch())
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    fresh = AutoModelForSequenceClassification.from_pretrained(bert_repo, emr_task="items")
+    assert same_weights(model.set_task("items").model, fresh.model)
+
+
+def test_an_interrupted_switch_is_made_good_by_the_next(bert_repo, model, monkeypatch):
+    rebuild, calls = emr_hf.bits.rebuild, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return rebuild(*args, **kwargs)
+
+    monkeypatch.setattr(emr_hf.bits, "rebuild", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.set_task("items")
+    monkeypatch.setattr(emr_hf.bits, "rebuild", rebuild)
+    assert model.active_task == "glue/sst2"
+    fresh = AutoModelForSequenceClassification.from_pretrained(bert_repo)
+    assert same_weights(model.set_task("glue/sst2").model, fresh.model)
+    assert same_weights(model, fresh)
+
+
 def test_switching_keeps_every_address(model):
     model.set_task("glue/sst2")
     before = {name: p.data_ptr() for name, p in model.model.named_parameters()}
@@ -157,6 +189,68 @@ def test_load_state_dict_takes_what_state_dict_gave(bert_repo, model):
     other.load_state_dict(model.state_dict())
     assert other.active_task == "items"
     assert all(torch.equal(expected[name], value) for name, value in other.model.state_dict().items())
+
+
+def test_assigned_weights_are_copied_before_they_are_rebuilt_in_place(bert_repo, model):
+    other = AutoModelForSequenceClassification.from_pretrained(bert_repo, emr_task="items")
+    model.load_state_dict(other.state_dict(), assign=True)
+    other.load_state_dict(other.state_dict(), assign=True)
+    for task in TASKS:
+        fresh = AutoModelForSequenceClassification.from_pretrained(bert_repo, emr_task=task)
+        assert same_weights(model.set_task(task).model, fresh.model)
+        assert same_weights(other.model, fresh.model) == (task == "items")
+    assert same_weights(other.set_task("mnli.v1").model, model.set_task("mnli.v1").model)
+
+
+def test_an_empty_model_takes_a_state_dict(bert_repo, model):
+    config = emr_hf.EMRConfig.from_pretrained(bert_repo)
+    with accelerate.init_empty_weights(include_buffers=False):
+        empty = emr_hf.EMRMergedModelForSequenceClassification(config)
+    empty.load_state_dict(model.state_dict(), assign=True, strict=False)
+    assert same_weights(empty.set_task("items").model, model.set_task("items").model)
+
+
+def test_what_is_set_in_the_configuration_reaches_the_wrapped_model(tmp_path):
+    classifier = next(t for t in tiny.ALL if t.architecture == "GPT2ForSequenceClassification")
+    inputs = tiny.write_inputs(classifier, tmp_path)
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_hidden_states=True)
+    assert model(**batch()).hidden_states is not None
+    model.config.pad_token_id = 7
+    model.config.output_hidden_states = False
+    assert model.model.config.pad_token_id == 7
+    assert model(**batch()).hidden_states is None
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert again.config.pad_token_id == again.model.config.pad_token_id == 7
+    assert not again.config.output_hidden_states
+    with pytest.raises(emr_hf.OptionError, match="num_labels"):
+        model.config.num_labels = 5
+
+
+def test_a_tied_private_tensor_stays_tied_and_loads_without_a_word(tmp_path, caplog):
+    inputs = tiny.write_inputs(tiny.GPT2, tmp_path)
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "out", private=["wte"])
+    caplog.clear()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not caplog.records, caplog.text
+    own = load_file(inputs.finetunes["b"] / "model.safetensors")["transformer.wte.weight"]
+    model.set_task("b")
+    assert torch.equal(model.model.lm_head.weight, own)
+    assert model.model.lm_head.weight is model.model.transformer.wte.weight
+    model.save_pretrained(tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert first.keys() == second.keys()
+
+
+def test_tied_private_tensors_of_another_shape_stay_tied():
+    from emr_hf.modeling import _install
+
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    other.weight = one.weight
+    _install([(one, "weight"), (other, "weight")], torch.ones(5, 3))
+    assert one.weight is other.weight
+    assert one.out_features == other.out_features == 5
 
 
 def test_copies_and_pickles_switch_on_their_own(model):
@@ -245,6 +339,35 @@ def test_an_offloaded_model_is_an_error_never_silence(bert_repo, tmp_path):
         AutoModelForSequenceClassification.from_pretrained(bert_repo, device_map=device_map, offload_folder=tmp_path)
 
 
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_offloading_after_loading_is_an_error_and_offloading_the_wrapped_model_is_right(bert_repo, tmp_path, offload):
+    def offloaded(module):
+        if offload == "cpu":
+            return accelerate.cpu_offload(
+                module, "cpu", state_dict={k: v.clone() for k, v in module.state_dict().items()}
+            )
+        return accelerate.disk_offload(module, tmp_path / "weights", "cpu")
+
+    inputs = batch()
+    model = AutoModelForSequenceClassification.from_pretrained(bert_repo, emr_task="items")
+    expected = model(**inputs).logits
+    offloaded(model.model)
+    assert torch.equal(model(**inputs).logits, expected)
+    with pytest.raises(emr_hf.OffloadedError):
+        model.set_task("mnli.v1")
+    other = AutoModelForSequenceClassification.from_pretrained(bert_repo)
+    accelerate.hooks.add_hook_to_module(other, accelerate.hooks.ModelHook())
+    other.model.bert.pooler.dense.to("meta")
+    with pytest.raises(emr_hf.OffloadedError, match="merge_and_unload"):
+        other(**inputs)
+
+
+def test_a_bank_that_is_away_is_an_offloaded_model(model):
+    model.emr.tau.to("meta")
+    with pytest.raises(emr_hf.OffloadedError):
+        model.set_task("items")
+
+
 def test_quantising_on_load_is_refused(bert_repo):
     from transformers import BitsAndBytesConfig
 
@@ -268,11 +391,15 @@ def test_compiled_models_do_not_recompile_on_a_switch(model):
 
 
 def test_gradient_checkpointing(model):
-    model.train()
+    model.train().requires_grad_(True)
     model.activation_checkpointing_enable()
     assert model.is_activation_checkpointing
     model(**batch(), labels=torch.tensor([0, 1])).loss.backward()
     assert model.model.bert.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
+
+
+def rows():
+    return [{"input_ids": [5 + i, 6, 7], "labels": i % 2} for i in range(8)]
 
 
 def dataset():
@@ -337,6 +464,52 @@ def test_the_generation_config_is_the_wrapped_models(gpt2_repo, tmp_path):
     assert model.generate(**batch()).shape[1] <= 10
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.max_new_tokens == 3
+
+
+def test_generation_settings_follow_the_task_where_they_differ(tmp_path):
+    inputs = tiny.write_inputs(tiny.GPT2, tmp_path)
+    config = GenerationConfig.from_pretrained(inputs.finetunes["b"])
+    config.max_new_tokens = 3
+    config.save_pretrained(inputs.finetunes["b"])
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", emr_task="b")
+    assert model.generation_config.max_new_tokens == 3
+    model.save_pretrained(tmp_path / "again")
+    assert model.generation_config.max_new_tokens == 3
+    for repo in ("out", "again"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / repo)
+        assert [model.set_task(task).generation_config.max_new_tokens for task in "abc"] == [None, 3, None]
+    emr_hf.export(tmp_path / "out", "b", tmp_path / "plain")
+    assert GenerationConfig.from_pretrained(tmp_path / "plain").max_new_tokens == 3
+
+
+def test_what_transformers_computes_anew_need_not_be_stored(tmp_path):
+    """Marian saves no sinusoidal positions."""
+    settings = {**tiny.LAYERS, "vocab_size": 96, "decoder_vocab_size": 96, "max_position_embeddings": 64,
+                "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}  # fmt: skip
+    marian = tiny.Tiny("MarianMTModel", "MarianConfig", settings)
+    inputs = tiny.write_inputs(marian, tmp_path)
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "out")
+    model = emr_hf.EMRMergedModel.from_pretrained(tmp_path / "out", emr_task="b")
+    emr_hf.export(tmp_path / "out", "b", tmp_path / "plain")
+    plain = MarianMTModel.from_pretrained(tmp_path / "plain")
+    inputs = {"input_ids": torch.randint(5, 90, (2, 7)), "decoder_input_ids": torch.randint(5, 90, (2, 4))}
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+
+
+def test_training_the_merged_weights_is_refused_at_the_first_step(model, bert_repo, tmp_path):
+    trainer = Trainer(model, training_arguments(tmp_path, max_steps=1), train_dataset=rows())
+    with pytest.raises(emr_hf.EMRError, match="merge_and_unload"):
+        trainer.train()
+    plain = model.merge_and_unload("items")
+    Trainer(plain, training_arguments(tmp_path, max_steps=1, save_strategy="no"), train_dataset=rows()).train()
+
+
+def test_adapters_are_not_saved_into_the_repo(model, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is an extra of the tests")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(emr_hf.EMRError, match="adapters are attached"):
+        model.save_pretrained(tmp_path / "out")
 
 
 def test_embeddings_cannot_be_resized_for_all_tasks_at_once(model):

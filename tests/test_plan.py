@@ -129,19 +129,17 @@ def test_a_vocabulary_head_is_merged(tmp_path):
     assert "lm_head.weight" in plan_of(inputs).merged
 
 
-def test_position_embeddings_of_another_length_are_private_to_each_task(bert_inputs, tmp_path):
-    name, longer = "bert.embeddings.position_embeddings.weight", torch.randn(80, 32)
+def test_position_embeddings_of_another_length_are_refused_unless_asked_for(bert_inputs, tmp_path):
+    name = "bert.embeddings.position_embeddings.weight"
     folder = copy_of(bert_inputs.finetunes["items"], tmp_path / "longer")
     edit_json(folder / "config.json", max_position_embeddings=80)
-    edit_tensors(folder, **{name: longer})
+    edit_tensors(folder, **{name: torch.randn(80, 32)})
     finetunes = {**bert_inputs.finetunes, "items": folder}
-    plan = emr_hf.check(emr_hf.Recipe(bert_inputs.base, finetunes))
-    assert plan.private[name] == "shapes differ"
-    assert "shapes differ" in str(plan)
-    emr_hf.merge(bert_inputs.base, finetunes, tmp_path / "out")
-    model = emr_hf.EMRMergedModel.from_pretrained(tmp_path / "out", emr_task="items")
-    assert torch.equal(model.model.get_parameter(name), longer)
-    assert torch.isfinite(model(input_ids=torch.randint(5, 90, (1, 7))).logits).all()
+    with pytest.raises(emr_hf.MismatchError, match=r"items: .*position_embeddings.weight is \[80, 32\].*\[64, 32\]"):
+        emr_hf.check(emr_hf.Recipe(bert_inputs.base, finetunes))
+    plan = emr_hf.check(emr_hf.Recipe(bert_inputs.base, finetunes, private="position_embeddings"))
+    assert plan.private[name] == "asked for by the recipe"
+    assert any("max_position_embeddings is 80" in warning for warning in plan.warnings)
 
 
 def test_what_a_recipe_asks_for_is_private(bert_inputs):
