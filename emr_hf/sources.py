@@ -155,6 +155,10 @@ def _quantisation(config: PreTrainedConfig) -> str:
 
 
 def _config(label: str, folder: Path) -> PreTrainedConfig:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{label}: {folder} is a PEFT adapter, expected a full checkpoint: save what its merge_and_unload() gives"
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{label}: no config.json in {folder}")
     try:

@@ -365,6 +365,12 @@ def test_a_scalar_that_is_not_finite_is_named(refuse, tmp_path):
     refuse(emr_hf.NonFiniteError, inputs.base, inputs.finetunes, "bad: logit_scale is nan", late=True)
 
 
+def test_an_adapter_says_what_to_do(refuse_bad, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    refuse_bad(emr_hf.CheckpointError, tmp_path / "adapter", "PEFT adapter", "merge_and_unload")
+
+
 # Quantised checkpoints
 
 
