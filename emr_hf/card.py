@@ -9,6 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration import EMRConfig
+from .heads import auto_name
 from .report import MergeReport, markdown_table
 
 TAGS = ["merge", "emr-merging", "model-merging", "emr_hf"]
@@ -58,7 +59,7 @@ def make_card(config: EMRConfig, repo_id: str) -> str:
         title=repo_id.rpartition("/")[2],
         count=len(config.tasks),
         base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else base,
-        auto_class=wrapper.replace("EMRMergedModel", "AutoModel"),
+        auto_class=auto_name(wrapper),
         repo_id=repo_id,
         tasks=list(config.tasks),
         task=config.default_task,
@@ -88,7 +89,7 @@ def _task_table(config: EMRConfig, report: MergeReport) -> list[str]:
 
 def pipeline_tag(wrapper: str) -> str | None:
     """The pipeline for a wrapper's class, by transformers' own registry."""
-    auto_class = wrapper.replace("EMRMergedModel", "AutoModel")
+    auto_class = auto_name(wrapper)
     for task, entry in PIPELINE_REGISTRY.supported_tasks.items():
         if auto_class in [model_class.__name__ for model_class in entry["pt"]]:
             return str(task)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
+from transformers import PreTrainedModel
 
 from .card import make_card
 from .configuration import EMRConfig
@@ -15,9 +16,6 @@ from .errors import RepoError, one_line
 from .repo import CARD_NAME, REPORT_NAME, open_repo, write_shim
 from .report import MergeReport
 from .sources import HUB_ERRORS
-
-if TYPE_CHECKING:
-    from .modeling import EMRMergedModel
 
 
 def write_repo_files(folder: Path, config: EMRConfig, repo_id: str) -> None:
@@ -68,7 +66,9 @@ def _address_card(folder: Path, repo_id: str) -> None:
         path.write_text(make_card(config, repo_id), encoding="utf-8")
 
 
-def push_model(model: EMRMergedModel, repo_id: str, *, max_shard_size: str | int = "5GB", **kwargs: Any) -> CommitInfo:
+def push_model(
+    model: PreTrainedModel, repo_id: str, *, max_shard_size: str | int = "5GB", **kwargs: Any
+) -> CommitInfo:
     """Save a model to a temporary folder and upload it; arguments as [`push_folder`]."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)

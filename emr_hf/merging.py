@@ -13,11 +13,11 @@ import torch
 from tqdm.auto import tqdm
 
 from . import bits, election
-from .auto import auto_map, head_class
 from .checking import check
 from .configuration import EMRConfig, task_entry
 from .election import Sums
 from .errors import NonFiniteError
+from .heads import auto_map, wrapper_name
 from .hub import write_repo_files
 from .plan import Plan, dtype_name
 from .recipe import Recipe
@@ -238,7 +238,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
     base_config = type(plan.config).from_dict(plan.config.to_dict())
     base_config.dtype = plan.dtype
     base_config.name_or_path = ""  # it may be a path of this machine
-    wrapper = head_class(plan.architecture)
+    wrapper = wrapper_name(plan.architecture)
     return EMRConfig(
         base_config=base_config,
         base_architecture=plan.architecture,
@@ -251,7 +251,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
         recipe=plan.recipe.published(report.base, {task: numbers.source for task, numbers in report.tasks.items()}),
         report=asdict(report),
         dtype=plan.dtype,
-        architectures=[wrapper.__name__],
+        architectures=[wrapper],
         auto_map=auto_map(wrapper),  # type: ignore[call-arg]
     )
 

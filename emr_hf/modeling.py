@@ -18,8 +18,11 @@ from .checkpoint import model_class_of
 from .configuration import EMRConfig
 from .election import TAU_DTYPES
 from .errors import EMRError, MismatchError, OffloadedError, OptionError
+from .heads import architectures_of, auto_map, auto_name, wrapper_name
+from .hub import push_folder, push_model, write_repo_files
 from .repo import copy_side_files, side_files_of
 from .signature import DelegatedSignature
+from .sites import install, site_of
 
 
 class EMRMergedModel(PreTrainedModel):
@@ -69,12 +72,12 @@ class EMRMergedModel(PreTrainedModel):
         self._active: str | None = None
         self._half_switched = False
         # Owners of the merged parameters: PEFT may rename the path to a module, not the module.
-        self._sites = {name: _site(self.model, name) for name in config.merged_parameters or []}
+        self._sites = {name: site_of(self.model, name) for name in config.merged_parameters or []}
         private_names = sorted({name for entry in config.tasks.values() for name in entry["private"]})
         aliases = self.model.all_tied_weights_keys
         same = {name: [name, *(alias for alias in aliases if aliases[alias] == name)] for name in private_names}
         # Private tensors may change shape, and so their Parameter: all owners of a tied one must get it.
-        self._private_sites = {name: [_site(self.model, n) for n in names] for name, names in same.items()}
+        self._private_sites = {name: [site_of(self.model, n) for n in names] for name, names in same.items()}
         self._private_names = [n for names in same.values() for n in names]
         shapes = {name: getattr(module, attr).shape for name, (module, attr) in self._sites.items()}
         private = {entry["key"]: _private_spec(entry["private"]) for entry in config.tasks.values()}
@@ -91,14 +94,11 @@ class EMRMergedModel(PreTrainedModel):
         }
 
     def _check_architecture(self) -> None:
-        from .auto import architectures_of, head_class
-
-        architecture = self.config.base_architecture
-        if self._auto_suffix and architecture not in architectures_of(f"AutoModelFor{self._auto_suffix}"):
-            right = head_class(str(architecture)).__name__
+        architecture = str(self.config.base_architecture)
+        if self._auto_suffix and architecture not in architectures_of(self._auto_suffix):
+            right = wrapper_name(architecture)
             raise MismatchError(
-                f"{type(self).__name__} cannot hold {architecture}: load this repo as {right}"
-                f" ({right.replace('EMRMergedModel', 'AutoModel')})"
+                f"{type(self).__name__} cannot hold {architecture}: load this repo as {right} ({auto_name(right)})"
             )
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -126,14 +126,14 @@ class EMRMergedModel(PreTrainedModel):
 
     @staticmethod
     def _class_of_repo(name_or_path: Any, kwargs: dict[str, Any]) -> type[EMRMergedModel]:
-        from .auto import head_class
-
         config = kwargs.get("config")
         if not isinstance(config, EMRConfig):
             download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             known = {key: kwargs[key] for key in download if kwargs.get(key) is not None}
             config = EMRConfig.from_pretrained(config or name_or_path, **known)
-        return head_class(str(config.base_architecture))
+        heads: list[type[EMRMergedModel]] = EMRMergedModel.__subclasses__()
+        classes = {head.__name__: head for head in (EMRMergedModel, *heads)}
+        return classes[wrapper_name(str(config.base_architecture))]
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         # The wrapped model's patterns must not match the names in the bank.
@@ -153,8 +153,6 @@ class EMRMergedModel(PreTrainedModel):
             push_to_hub (*optional*): upload it too, see [`EMRMergedModel.push_to_hub`].
             args, kwargs: as `PreTrainedModel.save_pretrained`.
         """
-        from .hub import push_folder, write_repo_files
-
         names = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
         hub_options = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder = Path(save_directory)
@@ -185,13 +183,11 @@ class EMRMergedModel(PreTrainedModel):
     @contextmanager
     def _as_saved(self) -> Iterator[None]:
         """The configuration of a repo: the default task's labels, and where to find the classes."""
-        from .auto import auto_map
-
         generation_config = getattr(self.model, "generation_config", None)
         self.config.apply_task(self.config.default_task)
         self._use_generation_config(self.config.entry(self.config.default_task))
         self.config.architectures = [type(self).__name__]
-        self.config.auto_map = auto_map(type(self))
+        self.config.auto_map = auto_map(type(self).__name__)
         try:
             yield
         finally:
@@ -206,8 +202,6 @@ class EMRMergedModel(PreTrainedModel):
             repo_id: such as `"me/bert-emr"`.
             kwargs: as [`push_folder`], and `max_shard_size`.
         """
-        from .hub import push_model
-
         return push_model(self, repo_id, **kwargs)
 
     # Tasks
@@ -284,7 +278,7 @@ class EMRMergedModel(PreTrainedModel):
             base, tau, packed = self.emr.base.get(name), self.emr.tau.get(name), self.emr.mask_of(key, name)
             bits.rebuild(base, tau, packed, self.emr.rescaler.get(key), out=parameter)
         for name, owners in self._private_sites.items():
-            _install(owners, self.emr.private_of(key, name))
+            install(owners, self.emr.private_of(key, name))
         self.config.apply_task(task)
         for module in self.model.modules():
             if "num_labels" in vars(module):
@@ -371,74 +365,8 @@ class EMRMergedModel(PreTrainedModel):
         return self.model.get_decoder(*args, **kwargs)
 
 
-class DelegatedGeneration:
-    """Generation by the wrapped model, whose caches and inputs are its own."""
-
-    model: Any
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        return self.model.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: GenerationConfig) -> None:
-        if "model" in self._modules:  # type: ignore[attr-defined]
-            self.model.generation_config = value
-
-    def generate(self, *args: Any, emr_task: str | None = None, **kwargs: Any) -> Any:
-        """The wrapped model's `generate`; `emr_task` switches first."""
-        if emr_task is not None:
-            self.set_task(emr_task)  # type: ignore[attr-defined]
-        return self.model.generate(*args, **kwargs)
-
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Reads the repo's settings, which are the default task's, after the task has been set."""
-        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
-        self._use_generation_config(self.config.entry(self.active_task))  # type: ignore[attr-defined]
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.prepare_inputs_for_generation(*args, **kwargs)
-
-
-def _site(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attr = name.rpartition(".")
-    return model.get_submodule(path), attr
-
-
 def _private_spec(private: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (torch.Size(shape), getattr(torch, dtype)) for name, (shape, dtype) in private.items()}
-
-
-def _install(owners: list[tuple[nn.Module, str]], value: Tensor) -> None:
-    """Give a private tensor to the modules that own it: in place where the shape allows it."""
-    module, attr = owners[0]
-    current = getattr(module, attr)
-    if current.shape == value.shape and not current.is_meta:
-        new = current
-        new.copy_(value)
-    else:
-        device = value.device if current.is_meta else current.device
-        new = value.to(device, current.dtype, copy=True)
-    if isinstance(current, nn.Parameter):
-        new = new if new is current else nn.Parameter(new, requires_grad=False)
-        new.requires_grad_(False)
-    for module, attr in owners:
-        if getattr(module, attr) is not new:
-            setattr(module, attr, new)
-            _adjust_sizes(module, attr, value)
-
-
-def _adjust_sizes(module: nn.Module, attr: str, value: Tensor) -> None:
-    """A module's own record of its weight's shape."""
-    sizes = {
-        nn.Linear: ("out_features", "in_features"),
-        nn.Embedding: ("num_embeddings", "embedding_dim"),
-        nn.Conv2d: ("out_channels", "in_channels"),
-    }
-    for kind, names in sizes.items():
-        if isinstance(module, kind) and attr == "weight":
-            for size_name, size in zip(names, value.shape):
-                setattr(module, size_name, size)
 
 
 def _save_base_weights(model: EMRMergedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

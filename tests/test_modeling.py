@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import emr_hf
+from emr_hf.sites import install
 from tests import tiny
 
 TASKS = ["glue/sst2", "mnli.v1", "items"]
@@ -244,11 +245,9 @@ def test_a_tied_private_tensor_stays_tied_and_loads_without_a_word(tmp_path, cap
 
 
 def test_tied_private_tensors_of_another_shape_stay_tied():
-    from emr_hf.modeling import _install
-
     one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     other.weight = one.weight
-    _install([(one, "weight"), (other, "weight")], torch.ones(5, 3))
+    install([(one, "weight"), (other, "weight")], torch.ones(5, 3))
     assert one.weight is other.weight
     assert one.out_features == other.out_features == 5
 
