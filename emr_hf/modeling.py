@@ -132,8 +132,8 @@ class EMRMergedModel(PreTrainedModel):
             known = {key: kwargs[key] for key in download if kwargs.get(key) is not None}
             config = EMRConfig.from_pretrained(config or name_or_path, **known)
         heads: list[type[EMRMergedModel]] = EMRMergedModel.__subclasses__()
-        classes = {head.__name__: head for head in (EMRMergedModel, *heads)}
-        return classes[wrapper_name(str(config.base_architecture))]
+        wanted = wrapper_name(str(config.base_architecture))
+        return next((head for head in heads if head.__name__ == wanted), EMRMergedModel)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         # The wrapped model's patterns must not match the names in the bank.
