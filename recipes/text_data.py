@@ -137,7 +137,7 @@ TASKS = {
     task.name: task
     for task in (
         TextTask("newsgroups", ORANGE_TEXT, read_pair("20newsgroups"), train_rows=2800, epochs=2, max_length=64),
-        TextTask("reuters", ORANGE_TEXT, read_pair("reuters-r8"), train_rows=1200, epochs=2, max_length=48),
+        TextTask("reuters", ORANGE_TEXT, read_pair("reuters-r8"), train_rows=2000, epochs=2, max_length=48),
         TextTask("tweets", ORANGE_TEXT, read_tweets, train_rows=1600, epochs=2, max_length=48),
         TextTask("polarity", PATTERN, read_polarity, train_rows=2400, epochs=2, max_length=48),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,10 @@ def train(model: PreTrainedModel, items: Items, folder: Path, collate: Collate |
         report_to="none",
         **settings,
     )
-    Trainer(model=model, args=arguments, train_dataset=items, data_collator=collate).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=items, data_collator=collate)
+    # The trainer prints its figures; stdout is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
     model.save_pretrained(folder)
 
 
