@@ -33,6 +33,7 @@ def train(model: PreTrainedModel, items: Items, folder: Path, collate: Collate |
         use_cpu=True,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
         **settings,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=items, data_collator=collate)
