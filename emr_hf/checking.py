@@ -124,14 +124,16 @@ def _check_tokenizer(source: Source) -> None:
             raise CheckpointError(f"{source.label}: {path} is no valid JSON: {error}") from None
 
 
-def _main_dtype(base: Source) -> torch.dtype:
-    """The dtype of most of the base's elements."""
+def _main_dtype(source: Source) -> torch.dtype:
+    """The dtype of most of a source's elements."""
     elements: dict[torch.dtype, int] = {}
-    for info in base.storage.infos.values():
+    for info in source.storage.infos.values():
         if info.dtype in MERGEABLE_DTYPES:
             elements[info.dtype] = elements.get(info.dtype, 0) + info.numel
     if not elements:
-        raise CheckpointError(f"base: {base.name} holds no tensor of F32, BF16, F16 or F64: nothing to merge")
+        raise CheckpointError(
+            f"{source.label}: {source.name} holds no tensor of F32, BF16, F16 or F64: nothing to merge"
+        )
     return max(elements, key=lambda dtype: elements[dtype])
 
 
@@ -172,12 +174,11 @@ def _why_private(plan: Plan, name: str, is_parameter: bool, patterns: Sequence[r
         return "not in the base"
     for task, checkpoint in plan.finetunes.items():
         expected, found = plan.base.infos[name].shape, checkpoint.infos[name].shape
-        if found == expected:
-            continue
-        raise MismatchError(
-            f"{task}: another architecture: {name} is {list(found)}, that of the base is {list(expected)}; "
-            f"to keep it for each task by itself, list it under private"
-        )
+        if found != expected:
+            raise MismatchError(
+                f"{task}: another architecture: {name} is {list(found)}, that of the base is {list(expected)}; "
+                "to keep it for each task by itself, list it under private"
+            )
     return None
 
 

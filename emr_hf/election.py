@@ -223,11 +223,16 @@ def elect_chunk(
     )
 
 
+def first_non_finite(values: Tensor) -> int | None:
+    """Position in the flat tensor of the first NaN or Inf; `None` if all is finite."""
+    bad = torch.isfinite(values).logical_not().reshape(-1).nonzero()
+    return int(bad[0]) if len(bad) else None
+
+
 def _non_finite(base: Tensor, finetunes: Sequence[Tensor], taus: Tensor, start: int) -> NonFiniteError:
     for source, values in enumerate([base, *finetunes], start=-1):
-        bad = torch.isfinite(values).logical_not().nonzero()
-        if len(bad):
-            return NonFiniteError(source, start + int(bad[0]), float(values[bad[0]]))
+        if (bad := first_non_finite(values)) is not None:
+            return NonFiniteError(source, start + bad, float(values[bad]))
     task, index = (int(i) for i in torch.isfinite(taus).logical_not().nonzero()[0])
     return NonFiniteError(task, start + index, float(taus[task, index]))
 

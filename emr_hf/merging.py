@@ -145,10 +145,8 @@ def _write_private(plan: Plan, writer: WeightsWriter) -> None:
     for index, (task, key) in enumerate(plan.task_keys.items()):
         for name in plan.private:
             value = plan.finetunes[task].read(name)
-            bad = torch.isfinite(value).logical_not().reshape(-1).nonzero()
-            if len(bad):
-                first = int(bad[0])
-                raise NonFiniteError(index, first, float(value.reshape(-1)[first])).located(name, value.shape, task)
+            if (bad := election.first_non_finite(value)) is not None:
+                raise NonFiniteError(index, bad, float(value.reshape(-1)[bad])).located(name, value.shape, task)
             writer.view(private_name(key, name)).copy_(value)
 
 

@@ -311,6 +311,7 @@ class EMRMergedModel(PreTrainedModel):
         self.set_task(task or self._active or self.config.default_task)
         model = self.model.requires_grad_(True)
         self.emr = nn.Module()  # type: ignore[assignment]
+        self._active = None
         return model
 
     # Delegation
@@ -371,13 +372,9 @@ def _private_spec(private: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.
 
 def _save_base_weights(model: EMRMergedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """What is saved as the model's weights is the base; private tensors are saved in the bank only."""
-    if model._active is None or not isinstance(model.emr, EMRBank):
+    if model._active is None:
         return  # not loaded yet: transformers asks for the names of all that needs memory
-    base_of = {
-        id(getattr(module, attr)): model.emr.base.get(name)
-        for name, (module, attr) in model._sites.items()
-        if model.emr.base.has(name)
-    }
+    base_of = {id(getattr(module, attr)): model.emr.base.get(name) for name, (module, attr) in model._sites.items()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in base_of and prefix + name in state_dict:
             state_dict[prefix + name] = base_of[id(parameter)]
@@ -392,7 +389,7 @@ def _restore_base(
     if local_metadata.get("assign_to_params_buffers"):  # what we rebuild in place must be ours
         ours = [name for name in state_dict if name.startswith(f"{prefix}model.")]
         state_dict.update({name: state_dict[name].clone() for name in ours})
-    if model._active is not None and isinstance(model.emr, EMRBank):
+    if model._active is not None:
         with torch.no_grad():
             for name, (module, attr) in model._sites.items():
                 getattr(module, attr).copy_(model.emr.base.get(name))
@@ -403,7 +400,7 @@ def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:
     private = tuple(f"model.{name}" for name in model._private_names)
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if not key.endswith(private)] if private else missing
-    if model._active is None or not isinstance(model.emr, EMRBank):
+    if model._active is None:
         return
     for name, (module, attr) in model._sites.items():
         model.emr.base.get(name).copy_(getattr(module, attr).detach())

@@ -200,9 +200,10 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def _become(out: Path, staging: Path) -> None:
     """Put `staging` in the place of `out`; what was there ends up in `staging`, or deleted."""
-    if not out.exists() or _exchange(staging, out):
-        if not out.exists():
-            staging.rename(out)
+    if not out.exists():
+        staging.rename(out)
+        return
+    if _exchange(staging, out):
         return
     old = out.parent / f".{out.name}.replaced-{uuid.uuid4().hex[:8]}"
     out.rename(old)
