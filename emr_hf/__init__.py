@@ -1,5 +1,7 @@
 """Merge finetunes of one pretrained model into one, and become any of its tasks (EMR-Merging, arXiv 2405.17461)."""
 
+from transformers.utils import is_peft_available
+
 from . import auto, pipelines
 from .auto import HEAD_CLASSES
 from .checking import check
@@ -29,6 +31,14 @@ from .pipelines import (
 from .plan import Plan
 from .recipe import Recipe
 from .report import MergeReport, TaskReport
+
+_PEFT = []
+if is_peft_available():
+    from .adapters import tuner
+
+    tuner.register()
+    globals()["EMRPeftConfig"] = tuner.EMRPeftConfig
+    _PEFT = ["EMRPeftConfig"]
 
 __version__ = "0.1.0"
 
@@ -64,5 +74,6 @@ __all__ = [
     "merge_recipe",
     "merge_state_dicts",
     "push_folder",
+    *_PEFT,
     *sorted(head.__name__ for head in HEAD_CLASSES.values()),
 ]

@@ -21,16 +21,7 @@ _TEXT = """\
 base, one unified task vector, and per task a 1-bit mask per weight and a rescaler. The model becomes any of its tasks,
 and has to be told which.
 
-```python
-import emr_hf
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("{repo_id}")
-model.tasks  # {tasks}
-model.set_task({task!r})
-```
-
-Without the `import`, `trust_remote_code=True` does the same; either way `pip install emr_hf` comes first.
+{usage}
 
 ## Tasks
 
@@ -44,13 +35,41 @@ Without the `import`, `trust_remote_code=True` does the same; either way `pip in
 {recipe}```
 """
 
+_USAGE = {
+    "model": """\
+```python
+import emr_hf
+from transformers import {auto_class}
 
-def make_card(config: EMRConfig, repo_id: str) -> str:
+model = {auto_class}.from_pretrained("{repo_id}")
+model.tasks  # {tasks}
+model.set_task({task!r})
+```
+
+Without the `import`, `trust_remote_code=True` does the same; either way `pip install emr_hf` comes first.""",
+    "peft": """\
+```python
+import emr_hf
+from peft import PeftModel
+from transformers import {auto_class}
+
+base = {auto_class}.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "{repo_id}")
+model.tasks  # {tasks}
+model.set_task({task!r})
+```
+
+`pip install 'emr_hf[adapters]'` comes first. The base is not part of this repo.""",
+}
+
+
+def make_card(config: EMRConfig, repo_id: str, layout: str = "model") -> str:
     """The card as Markdown with metadata.
 
     Args:
         config: of the repo.
         repo_id: its Hub id, or a local folder's name.
+        layout: `"model"`, or `"peft"` for a merge without its base.
     """
     wrapper = (config.architectures or [""])[0]
     report = MergeReport.from_dict(config.report)
@@ -59,20 +78,23 @@ def make_card(config: EMRConfig, repo_id: str) -> str:
         title=repo_id.rpartition("/")[2],
         count=len(config.tasks),
         base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else base,
-        auto_class=auto_name(wrapper),
-        repo_id=repo_id,
-        tasks=list(config.tasks),
-        task=config.default_task,
+        usage=_USAGE[layout].format(
+            auto_class=auto_name(wrapper),
+            repo_id=repo_id,
+            base=base,
+            tasks=list(config.tasks),
+            task=config.default_task,
+        ),
         table="\n".join(_task_table(config, report)),
         summary=report.summary(),
         recipe=yaml.safe_dump(config.recipe, sort_keys=False, allow_unicode=True),
     )
     sources = [base, *(entry["source"] for entry in config.tasks.values())]
     metadata = ModelCardData(
-        library_name="transformers",  # what the Hub's widgets and `pipeline(model=repo)` go by
+        library_name="transformers" if layout == "model" else "peft",  # what the Hub's widgets and pipelines go by
         pipeline_tag=pipeline_tag(wrapper),
         base_model=[source for source in dict.fromkeys(sources) if _is_hub_id(source)] or None,
-        base_model_relation="merge",
+        base_model_relation="merge" if layout == "model" else "adapter",
         tags=TAGS,
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n{text}"

@@ -7,20 +7,23 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from . import election
+from .adapters import binding, ia3
+from .adapters.delta import AdapterCheckpoint
 from .bits import packed_size
-from .checkpoint import Checkpoint, build_skeleton, tied_names
-from .errors import CheckpointError, MismatchError, RepoError
+from .checkpoint import Checkpoint, build_skeleton, is_head, tied_names
+from .errors import CheckpointError, MismatchError, OptionError, RecipeError, RepoError
 from .plan import Plan, dtype_name
 from .recipe import Recipe
-from .repo import check_target, mask_name, model_name, private_name, rescaler_name, tau_name
+from .repo import LAYOUTS, check_target, mask_name, model_name, private_name, rescaler_name, tau_name
 from .report import human
-from .sources import MERGEABLE_DTYPES, Source, open_source
+from .sources import MERGEABLE_DTYPES, Adapter, Source, open_input, open_source
 from .storage import TensorInfo
 
 # Sizes that must agree for one model's weights to mean anything in the other; names of PreTrainedConfig and of the
@@ -39,25 +42,49 @@ _STRUCTURE = (
     "num_local_experts",
     "tie_word_embeddings",
 )
-# Heads of models whose class does not keep them apart from a named body.
-_HEAD = re.compile(r"^(classifier|score|qa_outputs|classification_head|projector|head|logits_proj|fc)\.")
 
 
-def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False) -> Plan:
+def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False, save_as: str = "model") -> Plan:
     """Validate a merge without reading a tensor.
 
     Args:
         recipe: what to merge.
         out (*optional*): where; the folder and the free disk space are checked if it is given.
         overwrite: whether `out` may hold a merged repo already.
+        save_as: `"model"` or `"peft"`, see [`merge`].
 
     Raises:
         EMRError: the first thing that is wrong, of the subclass that says what kind.
     """
+    if save_as not in LAYOUTS:
+        raise OptionError(f"save_as={save_as!r} is unknown: expected one of {', '.join(LAYOUTS)}")
     if out is not None:
         check_target(Path(out), overwrite)
-    base = open_source(recipe.base, "base")
-    sources = {task: open_source(reference, task) for task, reference in recipe.finetunes.items()}
+    base, sources = _open_inputs(recipe)
+    plan = make_plan(recipe, base, sources, save_as)
+    if out is not None:
+        check_space(plan, Path(out))
+    return plan
+
+
+def _open_inputs(recipe: Recipe) -> tuple[Source, dict[str, Source]]:
+    """The base and the finetunes, adapters completed by the base."""
+    base = open_source(recipe.base, "base") if recipe.base is not None else None
+    inputs = {task: open_input(reference, task) for task, reference in recipe.finetunes.items()}
+    adapters = [finetune for finetune in inputs.values() if isinstance(finetune, Adapter)]
+    if base is None and not adapters:
+        raise RecipeError("the field 'base' is missing: only adapters name the model that they were made of")
+    base = base or binding.open_base(adapters)
+    return base, {task: bound(finetune, base) for task, finetune in inputs.items()}
+
+
+def bound(finetune: Source | Adapter, base: Source) -> Source:
+    """An input as a finetune of the base."""
+    return binding.bind(finetune, base) if isinstance(finetune, Adapter) else finetune
+
+
+def make_plan(recipe: Recipe, base: Source, sources: Mapping[str, Source], save_as: str) -> Plan:
+    """Decide what is merged, what is kept for each task, and what the repo will hold."""
     architecture = _common_architecture(sources)
     for source in sources.values():
         _check_same_structure(base, source)
@@ -65,24 +92,53 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
     default = sources[recipe.default_task or next(iter(sources))]
     dtype = _main_dtype(base)
     skeleton = build_skeleton(default, dtype)
+    base_checkpoint = Checkpoint(base, skeleton)
+    finetunes = {task: finetune_of(source, skeleton, base_checkpoint) for task, source in sources.items()}
     plan = Plan(
         recipe=recipe,
-        base=Checkpoint(base, skeleton),
-        finetunes={task: Checkpoint(source, skeleton) for task, source in sources.items()},
+        base=base_checkpoint,
+        finetunes=finetunes,
         architecture=architecture,
         config=skeleton.config,
         skeleton=skeleton,
         dtype=dtype,
-        merged=[],
-        private={},
+        save_as=save_as,
     )
+    _use_vectors(plan)
+    fill_plan(plan)
+    plan.warnings = _warnings(plan)
+    return plan
+
+
+def finetune_of(source: Source, skeleton: PreTrainedModel, base: Checkpoint) -> Checkpoint:
+    """A finetune's tensors, whatever it is stored as."""
+    return Checkpoint(source, skeleton) if source.adapter is None else AdapterCheckpoint(source, skeleton, base)
+
+
+def _use_vectors(plan: Plan) -> None:
+    """Merge in the adapters' own space if all of them are (IA)³."""
+    adapters = [c for c in plan.finetunes.values() if isinstance(c, AdapterCheckpoint) and c.kind == "IA3"]
+    if len(adapters) < len(plan.finetunes):
+        return
+    settings = ia3.common_settings(adapters)
+    if settings is not None:
+        use_vectors(plan, settings)
+
+
+def use_vectors(plan: Plan, settings: dict[str, Any]) -> None:
+    """Turn a plan into one in the space of (IA)³ vectors with these settings."""
+    plan.vectors = settings
+    plan.skeleton = ia3.vector_skeleton(plan.skeleton, settings)
+    plan.base = ia3.VectorCheckpoint(plan.base, plan.skeleton)
+    plan.finetunes = {task: ia3.VectorCheckpoint(c, plan.skeleton) for task, c in plan.finetunes.items()}
+
+
+def fill_plan(plan: Plan) -> None:
+    """Sort the tensors, and list what is written."""
     _assign(plan)
     _list_skipped(plan)
+    plan.dtypes = _load_dtypes(plan.skeleton, plan.dtype)
     plan.outputs = _outputs(plan)
-    plan.warnings = _warnings(plan)
-    if out is not None:
-        _check_space(plan, Path(out))
-    return plan
 
 
 def _common_architecture(sources: Mapping[str, Source]) -> str:
@@ -138,19 +194,24 @@ def _main_dtype(source: Source) -> torch.dtype:
 
 
 def _assign(plan: Plan) -> None:
-    """Sort the model's tensors into merged and private."""
+    """Sort the model's tensors into merged, private and kept."""
     aliases = tied_names(plan.skeleton)
     parameters = dict(plan.skeleton.named_parameters(remove_duplicate=False))
     patterns = [re.compile(pattern) for pattern in plan.recipe.private]
+    touched = {name for checkpoint in plan.finetunes.values() for name in checkpoint.touched}
+    own = {name for checkpoint in plan.finetunes.values() for name in checkpoint.own}
     for name in plan.skeleton.state_dict():
         if name in aliases or name in (plan.skeleton._keys_to_ignore_on_save or ()):
             continue  # the latter transformers computes anew
-        for task, checkpoint in plan.finetunes.items():
+        for checkpoint in plan.finetunes.values():
             if name not in checkpoint.infos:
-                raise MismatchError(
-                    f"{task}: {name} is missing from {checkpoint.source.name}: {plan.architecture} needs it"
-                )
-        why = _why_private(plan, name, name in parameters, patterns)
+                raise _missing(plan, checkpoint, name)
+        if name not in touched:
+            _check_shape(plan, name, plan.skeleton.state_dict()[name].shape)
+            plan.kept.append(name)
+            continue
+        why = "an adapter has its own" if name in own else None
+        why = _why_private(plan, name, name in parameters, patterns) or why
         if name in parameters:
             _check_dtypes(plan, name, with_base=why is None)
         if why is None:
@@ -161,6 +222,12 @@ def _assign(plan: Plan) -> None:
     if not plan.merged:
         reasons = ", ".join(sorted(set(plan.private.values())))
         raise MismatchError(f"nothing to merge: every tensor of {plan.architecture} is private ({reasons})")
+
+
+def _missing(plan: Plan, checkpoint: Checkpoint, name: str) -> MismatchError:
+    source = checkpoint.source
+    hint = ": the adapter was saved without its head (modules_to_save)" if source.adapter else ""
+    return MismatchError(f"{source.label}: {name} is missing from {source.name}: {plan.architecture} needs it{hint}")
 
 
 def _why_private(plan: Plan, name: str, is_parameter: bool, patterns: Sequence[re.Pattern[str]]) -> str | None:
@@ -174,26 +241,12 @@ def _why_private(plan: Plan, name: str, is_parameter: bool, patterns: Sequence[r
         return "not in the base"
     for task, checkpoint in plan.finetunes.items():
         expected, found = plan.base.infos[name].shape, checkpoint.infos[name].shape
-        if found != expected:
+        if found != expected and name not in checkpoint.own:
             raise MismatchError(
                 f"{task}: another architecture: {name} is {list(found)}, that of the base is {list(expected)}; "
                 "to keep it for each task by itself, list it under private"
             )
     return None
-
-
-def is_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter belongs to the task's head.
-
-    A head is what a class adds to its body (`base_model_prefix`), unless it maps to the vocabulary: that one is the
-    same for all tasks and is merged.
-    """
-    if model.get_output_embeddings() is not None:
-        return False
-    body = model.base_model_prefix
-    if body and hasattr(model, body):
-        return not name.startswith(f"{body}.")
-    return _HEAD.match(name) is not None
 
 
 def _check_dtypes(plan: Plan, name: str, with_base: bool) -> None:
@@ -229,9 +282,11 @@ def _list_skipped(plan: Plan) -> None:
 def _outputs(plan: Plan) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of everything the repo will hold, base first, then the vector, then task by task."""
     tau_dtype = election.TAU_DTYPES[plan.recipe.tau_dtype]
-    dtypes = _load_dtypes(plan.skeleton, plan.dtype)
     shapes = {name: plan.base.infos[name].shape for name in plan.merged}
-    outputs = {model_name(name): TensorInfo(shape, dtypes[name]) for name, shape in shapes.items()}
+    outputs = {}
+    if plan.save_as == "model":
+        for name in (*plan.merged, *plan.kept):
+            outputs[model_name(name)] = TensorInfo(plan.base.infos[name].shape, plan.dtypes[name])
     outputs |= {tau_name(name): TensorInfo(shape, tau_dtype) for name, shape in shapes.items()}
     for task, key in plan.task_keys.items():
         infos = plan.finetunes[task].infos
@@ -268,7 +323,7 @@ def _warnings(plan: Plan) -> list[str]:
         seen.setdefault(where, task)
         warnings += _config_differences(plan, task)
         dtype = _main_dtype(source)
-        if dtype.itemsize < plan.dtype.itemsize:
+        if source.adapter is None and dtype.itemsize < plan.dtype.itemsize:
             warnings.append(
                 f"{task}: is {dtype_name(dtype)} and the base {dtype_name(plan.dtype)}; rounding becomes part of "
                 "its task vector. Better give the base as it was when the finetune started from it"
@@ -293,7 +348,7 @@ def _config_differences(plan: Plan, task: str) -> list[str]:
     ]
 
 
-def _check_space(plan: Plan, out: Path) -> None:
+def check_space(plan: Plan, out: Path) -> None:
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

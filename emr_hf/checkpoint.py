@@ -6,8 +6,9 @@ group of tensors at a time and by transformers' own rules.
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ from transformers.utils.generic import ContextManagers
 from .errors import CheckpointError, MismatchError, one_line
 from .sources import Source
 from .storage import TensorInfo, reserve
+
+# Heads of models whose class does not keep them apart from a named body.
+_HEAD = re.compile(r"^(classifier|score|qa_outputs|classification_head|projector|head|logits_proj|fc)\.")
 
 
 def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
@@ -138,6 +142,21 @@ class Checkpoint:
         return both
 
     @property
+    def touched(self) -> Collection[str]:
+        """Names of the tensors that may differ from the base's."""
+        return self.infos.keys()
+
+    @property
+    def own(self) -> Collection[str]:
+        """Names of the tensors that it wants for itself."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it takes on disk."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    @property
     def largest_conversion(self) -> int:
         """Bytes of the largest tensor that has to be made of others in memory; 0 where all are read as they are."""
         converted = (name for name, group in self._groups.items() if group.converter and name in self.infos)
@@ -160,7 +179,7 @@ class Checkpoint:
         if name not in self._spilled:
             members = {stored: self.source.storage.read(stored) for _, stored in group.members}
             # Converted tensors of N finetunes are needed side by side: kept in memory they would grow with N.
-            self._spilled = {n: _spill(tensor, self.scratch) for n, tensor in self._convert(group, members).items()}
+            self._spilled = {n: spill(tensor, self.scratch) for n, tensor in self._convert(group, members).items()}
         return self._spilled[name]
 
 
@@ -169,7 +188,21 @@ def tied_names(skeleton: PreTrainedModel) -> dict[str, str]:
     return dict(skeleton.all_tied_weights_keys)
 
 
-def _spill(tensor: Tensor, folder: Path | None) -> Tensor:
+def is_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter belongs to the task's head.
+
+    A head is what a class adds to its body (`base_model_prefix`), unless it maps to the vocabulary: that one is the
+    same for all tasks and is merged.
+    """
+    if model.get_output_embeddings() is not None:
+        return False
+    body = model.base_model_prefix
+    if body and hasattr(model, body):
+        return not name.startswith(f"{body}.")
+    return _HEAD.match(name) is not None
+
+
+def spill(tensor: Tensor, folder: Path | None) -> Tensor:
     """A copy of the tensor that lives in an unnamed temporary file."""
     if tensor.numel() == 0:
         return tensor

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .errors import OptionError, RepoError, UnknownTaskError
-from .repo import FORMAT_VERSION, MODEL_TYPE
+from .repo import FORMAT_VERSION, MODEL_TYPE, layout_of
 
 # Fields that both configurations have and that are about the model as a whole.
 _SHARED_FLAGS = ("output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward")
@@ -29,9 +32,11 @@ class EMRConfig(PreTrainedConfig):
         base_model_name_or_path, base_revision: where the base came from.
         tasks: task -> `key` (its name in buffers and files), `index` (the order of merging), `id2label`,
             `problem_type`, `private` (name -> [shape, dtype]), `source`, `revision`, `tokenizer` (its folder in the
-            repo, or `None` for the shared one), `generation_config` (`None` where all tasks have the same).
+            repo, or `None` for the shared one), `generation_config` (`None` where all tasks have the same);
+            where vectors are merged also `adapter` (settings of the (IA)³ adapter it was) and `vectors` (their names).
         default_task: active after loading.
         merged_parameters: names of the merged tensors.
+        vectors: settings of the (IA)³ layers in the wrapped model whose vectors are merged; `None` where weights are.
         tau_dtype: what the unified vector is stored in.
         recipe: what was merged, as in a recipe file, with published names.
         report: the numbers of [`MergeReport`].
@@ -50,6 +55,7 @@ class EMRConfig(PreTrainedConfig):
     tasks: Any = None
     default_task: str = ""
     merged_parameters: list[str] | None = None
+    vectors: Any = None
     tau_dtype: str = "float32"
     recipe: Any = None
     report: Any = None
@@ -118,6 +124,14 @@ class EMRConfig(PreTrainedConfig):
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         return self.base_config._get_generation_parameters()
+
+
+def repo_config(folder: Path) -> EMRConfig:
+    """The configuration of a merged repo of either layout."""
+    if layout_of(folder) == "peft":
+        settings = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+        return EMRConfig.from_dict(settings["emr"])
+    return EMRConfig.from_pretrained(folder)
 
 
 def task_entry(config: PreTrainedConfig, **entry: Any) -> dict[str, Any]:

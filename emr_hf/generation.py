@@ -30,7 +30,7 @@ class DelegatedGeneration:
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Reads the repo's settings, which are the default task's, after the task has been set."""
         super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
-        self._use_generation_config(self.config.entry(self.active_task))  # type: ignore[attr-defined]
+        self._switch.use_generation_config(self.active_task)  # type: ignore[attr-defined]
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.prepare_inputs_for_generation(*args, **kwargs)

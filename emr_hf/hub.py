@@ -11,18 +11,20 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel
 
 from .card import make_card
-from .configuration import EMRConfig
+from .configuration import EMRConfig, repo_config
 from .errors import RepoError, one_line
-from .repo import CARD_NAME, REPORT_NAME, open_repo, write_shim
+from .repo import CARD_NAME, REPORT_NAME, layout_of, open_repo, write_shim
 from .report import MergeReport
 from .sources import HUB_ERRORS
 
 
 def write_repo_files(folder: Path, config: EMRConfig, repo_id: str) -> None:
     """Write what a repo holds beside weights and configuration: the `auto_map` shim, the report and the card."""
-    write_shim(folder, sorted({path.rpartition(".")[2] for path in config.auto_map.values()}))
+    if layout_of(folder) == "model":
+        write_shim(folder, sorted({path.rpartition(".")[2] for path in config.auto_map.values()}))
     MergeReport.from_dict(config.report).save(folder / REPORT_NAME)
-    (folder / CARD_NAME).write_text(make_card(config, repo_id), encoding="utf-8")
+    card = make_card(config, repo_id, str(layout_of(folder)))
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def push_folder(
@@ -59,11 +61,12 @@ def push_folder(
 
 def _address_card(folder: Path, repo_id: str) -> None:
     """Name the Hub repo in the card, unless its owner has written another card."""
-    config, path = EMRConfig.from_pretrained(folder), folder / CARD_NAME
+    config, path = repo_config(folder), folder / CARD_NAME
+    layout = str(layout_of(folder))
     card = path.read_text(encoding="utf-8") if path.exists() else ""
-    named = re.search(r'from_pretrained\("(.+?)"\)', card)
-    if not card or (named and card == make_card(config, named[1])):
-        path.write_text(make_card(config, repo_id), encoding="utf-8")
+    named = re.search(r'from_pretrained\((?:base, )?"(.+?)"\)', card)
+    if not card or (named and card == make_card(config, named[1], layout)):
+        path.write_text(make_card(config, repo_id, layout), encoding="utf-8")
 
 
 def push_model(

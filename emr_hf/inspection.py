@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration import EMRConfig
+from .configuration import EMRConfig, repo_config
 from .errors import RepoError, one_line
 from .repo import PARTS, open_repo, part_of
 from .report import MergeReport, human, table
@@ -85,7 +85,7 @@ def _read(repo: str | Path) -> tuple[PreTrainedConfig, dict[str, int]]:
     folder = Path(repo)
     if folder.exists():
         infos = open_repo(folder).infos
-        return EMRConfig.from_pretrained(folder), {name: info.nbytes for name, info in infos.items()}
+        return repo_config(folder), {name: info.nbytes for name, info in infos.items()}
     try:
         config = AutoConfig.from_pretrained(repo, trust_remote_code=False)
         files = HfApi().get_safetensors_metadata(str(repo)).files_metadata.values()

@@ -13,7 +13,10 @@ import torch
 from tqdm.auto import tqdm
 
 from . import bits, election
+from .adapters.export import save_adapters
+from .adapters.ia3 import VectorCheckpoint
 from .checking import check
+from .checkpoint import Checkpoint
 from .configuration import EMRConfig, task_entry
 from .election import Sums
 from .errors import NonFiniteError
@@ -39,10 +42,11 @@ from .sources import Reference, Source
 
 
 def merge(
-    base: Reference,
+    base: Reference | None,
     finetunes: Mapping[str, Reference],
     out: str | Path,
     *,
+    save_as: str = "model",
     rescale: str = "global",
     tau_dtype: str = "float32",
     default_task: str | None = None,
@@ -56,9 +60,14 @@ def merge(
     Tensors are streamed: memory does not grow with the number or the size of the models.
 
     Args:
-        base: the pretrained model: a folder, a Hub id (`"me/repo@revision"`) or a loaded model.
-        finetunes: task -> finetune, each as `base`.
+        base: the pretrained model: a folder, a Hub id (`"me/repo@revision"`) or a loaded model; `None` to take the one
+            that the adapters name.
+        finetunes: task -> finetune, each as `base`, or the folder or Hub id of a LoRA or (IA)³ adapter. LoRAs are
+            merged in the space of the weights, (IA)³ adapters among themselves in that of their vectors.
         out: folder of the repo. It appears complete or not at all.
+        save_as: `"model"`, a repo with the base in it for [`EMRMergedModel`] and the Auto classes, or `"peft"`, an
+            adapter without it for `PeftModel.from_pretrained(base, out)`; of (IA)³ adapters also one ordinary adapter
+            a task, in `adapters/<task>`.
         rescale, tau_dtype, default_task, private, max_shard_size: see [`Recipe`].
         overwrite (*optional*): replace a merged repo at `out`.
         progress (*optional*): whether to show a progress bar; by default where stderr is a terminal.
@@ -70,14 +79,19 @@ def merge(
         EMRError: of the subclass that says what kind of input is wrong; nothing is left on disk.
     """
     recipe = Recipe(base, finetunes, rescale, tau_dtype, default_task, private, max_shard_size)
-    return merge_recipe(recipe, out, overwrite=overwrite, progress=progress)
+    return merge_recipe(recipe, out, save_as=save_as, overwrite=overwrite, progress=progress)
 
 
 def merge_recipe(
-    recipe: Recipe, out: str | Path, *, overwrite: bool = False, progress: bool | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    save_as: str = "model",
+    overwrite: bool = False,
+    progress: bool | None = None,
 ) -> MergeReport:
     """[`merge`], for a [`Recipe`]."""
-    return run(check(recipe, out, overwrite), out, overwrite=overwrite, progress=progress)
+    return run(check(recipe, out, overwrite, save_as), out, overwrite=overwrite, progress=progress)
 
 
 @torch.no_grad()
@@ -88,19 +102,35 @@ def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: bool 
         for checkpoint in (plan.base, *plan.finetunes.values()):
             checkpoint.scratch = folder
             checkpoint.check_tied()
-        writer = WeightsWriter(folder, plan.outputs, plan.recipe.max_shard_size)
+        writer = WeightsWriter(folder, plan.outputs, plan.recipe.max_shard_size, plan.save_as)
         with election.one_torch_thread():
             sums, tau_rounding = _write_merged(plan, writer, progress)
         _write_private(plan, writer)
+        _write_kept(plan, writer)
         report = _report(plan, sums, tau_rounding)
         for task, key in plan.task_keys.items():
             writer.view(rescaler_name(key)).fill_(report.tasks[task].rescaler)
         writer.close()
         report.seconds = time.perf_counter() - started
         config = _config(plan, folder, report)
-        config.save_pretrained(folder)
+        if plan.save_as == "model":
+            config.save_pretrained(folder)
+        else:
+            save_adapters(folder, config, _base_location(plan))
         write_repo_files(folder, config, Path(out).name)
     return report
+
+
+def _base_location(plan: Plan) -> tuple[str, str | None]:
+    """Where the base is to be found again, and its revision: by the name that an adapter has for it, if it has one."""
+    base = plan.base.source
+    adapters = [checkpoint.source.adapter for checkpoint in plan.finetunes.values()]
+    named = next((adapter for adapter in adapters if adapter is not None and adapter.base), None)
+    if base.revision is not None:
+        return base.name, base.revision
+    if named is not None:
+        return str(named.base), named.base_revision
+    return (str(base.folder.resolve()) if base.folder else str(base.config.name_or_path or base.name)), None
 
 
 def _write_merged(plan: Plan, writer: WeightsWriter, progress: bool | None) -> tuple[dict[str, list[Sums]], float]:
@@ -123,7 +153,8 @@ def _write_merged(plan: Plan, writer: WeightsWriter, progress: bool | None) -> t
 
 
 def _write_tensor(plan: Plan, writer: WeightsWriter, name: str) -> Iterator[election.Elected]:
-    base_out, tau_out = (writer.view(place(name)).view(-1) for place in (model_name, tau_name))
+    tau_out = writer.view(tau_name(name)).view(-1)
+    base_out = writer.view(model_name(name)).view(-1) if plan.save_as == "model" else None
     mask_outs = [writer.view(mask_name(key, name)) for key in plan.task_keys.values()]
     finetunes = [checkpoint.read(name) for checkpoint in plan.finetunes.values()]
     # Task vectors are differences from the base as it is stored: what they are added to again.
@@ -131,7 +162,8 @@ def _write_tensor(plan: Plan, writer: WeightsWriter, name: str) -> Iterator[elec
     tau_dtype = election.TAU_DTYPES[plan.recipe.tau_dtype]
     try:
         for chunk in election.elect_tensor(base, finetunes, tau_dtype):
-            base_out[chunk.where] = base.reshape(-1)[chunk.where]
+            if base_out is not None:
+                base_out[chunk.where] = base.reshape(-1)[chunk.where]
             tau_out[chunk.where] = chunk.tau
             packed = slice(chunk.where.start // 8, bits.packed_size(chunk.where.stop))
             for mask_out, mask in zip(mask_outs, chunk.masks):
@@ -150,6 +182,13 @@ def _write_private(plan: Plan, writer: WeightsWriter) -> None:
             writer.view(private_name(key, name)).copy_(value)
 
 
+def _write_kept(plan: Plan, writer: WeightsWriter) -> None:
+    """What no finetune touches goes from the base into the repo as it is."""
+    if plan.save_as == "model":
+        for name in plan.kept:
+            writer.view(model_name(name)).copy_(plan.base.read(name))
+
+
 def _report(plan: Plan, sums: Mapping[str, list[Sums]], tau_rounding: float) -> MergeReport:
     report = MergeReport(
         base=plan.base.source.name,
@@ -162,6 +201,8 @@ def _report(plan: Plan, sums: Mapping[str, list[Sums]], tau_rounding: float) -> 
         merged_elements=sum(plan.base.infos[name].numel for name in plan.merged),
         bytes_out=plan.bytes_out,
         bytes_finetunes=plan.bytes_finetunes,
+        bytes_modulators=plan.bytes_modulators,
+        adapters=plan.adapters,
         seconds=0.0,
         warnings=list(plan.warnings),
     )
@@ -216,7 +257,7 @@ def _dominating(totals: Mapping[str, Sums], times: float = 4.0) -> list[str]:
 def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
     """The repo's configuration; writes the tokenizers and generation settings that it names."""
     tokenizers = _copy_tokenizers(plan, folder)
-    generation = {task: _generation_settings(checkpoint.source) for task, checkpoint in plan.finetunes.items()}
+    generation = {task: _generation_settings(plan, checkpoint.source) for task, checkpoint in plan.finetunes.items()}
     if (settings := generation[plan.default_task]) is not None:
         (folder / GENERATION_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     differ = any(settings != generation[plan.default_task] for settings in generation.values())
@@ -232,6 +273,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
             revision=source.revision,
             tokenizer=tokenizers[task],
             generation_config=(generation[task] or {}) if differ else None,
+            **_adapter_entry(plan.finetunes[task]),
         )
     base_config = type(plan.config).from_dict(plan.config.to_dict())
     base_config.dtype = plan.dtype
@@ -245,6 +287,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
         tasks=tasks,
         default_task=plan.default_task,
         merged_parameters=plan.merged,
+        vectors=plan.vectors,
         tau_dtype=plan.recipe.tau_dtype,
         recipe=plan.recipe.published(report.base, {task: numbers.source for task, numbers in report.tasks.items()}),
         report=asdict(report),
@@ -254,10 +297,19 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
     )
 
 
-def _generation_settings(source: Source) -> dict[str, Any] | None:
+def _adapter_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What it takes to write a task as an (IA)³ adapter again."""
+    if not isinstance(checkpoint, VectorCheckpoint):
+        return {}
+    return {"adapter": checkpoint.settings, "vectors": sorted(checkpoint.vectors)}
+
+
+def _generation_settings(plan: Plan, source: Source) -> dict[str, Any] | None:
     if source.model is not None:
         return source.model.generation_config.to_diff_dict() if source.model.can_generate() else None
     path = source.folder / GENERATION_CONFIG if source.folder else None
+    if source.adapter is not None and not (path and path.is_file()):
+        return _generation_settings(plan, plan.base.source)
     return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
 
 

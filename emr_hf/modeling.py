@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from . import bits
+from .adapters.ia3 import inject_vectors
+from .adapters.layers import merge_and_unload
 from .bank import EMRBank
 from .checkpoint import model_class_of
 from .configuration import EMRConfig
-from .election import TAU_DTYPES
 from .errors import EMRError, MismatchError, OffloadedError, OptionError
 from .heads import architectures_of, auto_map, auto_name, wrapper_name
 from .hub import push_folder, push_model, write_repo_files
 from .repo import copy_side_files, side_files_of
 from .signature import DelegatedSignature
-from .sites import install, site_of
+from .switching import Switch, owners_of
 
 
 class EMRMergedModel(PreTrainedModel):
@@ -69,20 +69,14 @@ class EMRMergedModel(PreTrainedModel):
             config.entry(self._initial_task)
         self._check_architecture()
         self.model = model_class_of(str(config.base_architecture))(config.base_config)
+        if config.vectors is not None:
+            inject_vectors(self.model, config.vectors)
+        self.model.requires_grad_(False)  # what is rebuilt or shared by all tasks cannot be trained for one
         self._active: str | None = None
         self._half_switched = False
-        # Owners of the merged parameters: PEFT may rename the path to a module, not the module.
-        self._sites = {name: site_of(self.model, name) for name in config.merged_parameters or []}
-        private_names = sorted({name for entry in config.tasks.values() for name in entry["private"]})
-        aliases = self.model.all_tied_weights_keys
-        same = {name: [name, *(alias for alias in aliases if aliases[alias] == name)] for name in private_names}
-        # Private tensors may change shape, and so their Parameter: all owners of a tied one must get it.
-        self._private_sites = {name: [site_of(self.model, n) for n in names] for name, names in same.items()}
-        self._private_names = [n for names in same.values() for n in names]
-        shapes = {name: getattr(module, attr).shape for name, (module, attr) in self._sites.items()}
-        private = {entry["key"]: _private_spec(entry["private"]) for entry in config.tasks.values()}
-        self.emr = EMRBank(shapes, TAU_DTYPES[config.tau_dtype], private)
-        self._keys_to_ignore_on_load_missing = [rf"^model\.{re.escape(name)}$" for name in self._private_names]
+        self._switch = Switch(self.model, config)
+        self.emr = self._switch.bank
+        self._keys_to_ignore_on_load_missing = [rf"^model\.{re.escape(name)}$" for name in self._switch.private_names]
         self.register_state_dict_post_hook(_save_base_weights)
         self.register_load_state_dict_pre_hook(_restore_base)
         self.register_load_state_dict_post_hook(_take_loaded_base)
@@ -90,7 +84,7 @@ class EMRMergedModel(PreTrainedModel):
         self.all_tied_weights_keys = {
             alias: name
             for alias, name in self.all_tied_weights_keys.items()
-            if name.removeprefix("model.") not in self._private_sites
+            if name.removeprefix("model.") not in self._switch.private_sites
         }
 
     def _check_architecture(self) -> None:
@@ -158,7 +152,7 @@ class EMRMergedModel(PreTrainedModel):
         folder = Path(save_directory)
         if getattr(self, "_hf_peft_config_loaded", False):  # an adapter of transformers' own: only that is saved
             return super().save_pretrained(save_directory, *args, **{**kwargs, "push_to_hub": push_to_hub})
-        if not self._sites.keys() <= {name for name, _ in self.model.named_parameters()}:
+        if not self._switch.sites.keys() <= {name for name, _ in self.model.named_parameters()}:
             raise EMRError(
                 "adapters are attached to this model: save them by their own save_pretrained, or unload them"
             )
@@ -185,7 +179,7 @@ class EMRMergedModel(PreTrainedModel):
         """The configuration of a repo: the default task's labels, and where to find the classes."""
         generation_config = getattr(self.model, "generation_config", None)
         self.config.apply_task(self.config.default_task)
-        self._use_generation_config(self.config.entry(self.config.default_task))
+        self._switch.use_generation_config(self.config.default_task)
         self.config.architectures = [type(self).__name__]
         self.config.auto_map = auto_map(type(self).__name__)
         try:
@@ -229,10 +223,10 @@ class EMRMergedModel(PreTrainedModel):
             UnknownTaskError: with the nearest names.
             OffloadedError: part of the model is offloaded; nothing has been changed.
         """
-        entry = self.config.entry(task)
+        self.config.entry(task)
         if task != self._active or self._half_switched:
             self._check_in_memory()
-            self._activate(task, entry)
+            self._activate(task)
         return self
 
     @contextmanager
@@ -257,46 +251,23 @@ class EMRMergedModel(PreTrainedModel):
     def _check_in_memory(self) -> None:
         if not isinstance(getattr(self, "emr", None), EMRBank):
             raise EMRError("merge_and_unload() has taken this model apart: load the repo again")
-        away = [name for name, (module, attr) in self._sites.items() if getattr(module, attr).is_meta]
-        away += [name for name, buffer in self.emr.named_buffers() if buffer.is_meta]
-        if away:
+        if away := self._switch.offloaded():
             raise OffloadedError(
                 f"{len(away)} tensors are offloaded ({away[0]}, ...) and cannot be switched: load the model without "
                 "offloading, or export the task (emr-hf export) and offload that"
             )
 
-    @torch.inference_mode(False)  # a Parameter made in inference mode could never be switched or trained again
-    @torch.no_grad()
-    def _activate(self, task: str, entry: dict[str, Any]) -> None:
+    def _activate(self, task: str) -> None:
         self._half_switched = True  # until the end: an interrupted switch is made good by the next
-        key = entry["key"]
-        for name, (module, attr) in self._sites.items():
-            parameter = getattr(module, attr)
-            if not self.emr.base.has(name):  # the first switch: what was loaded is the base
-                self.emr.base.put(name, parameter.detach().clone(), persistent=False)
-                parameter.requires_grad_(False)  # these weights are rebuilt, training them would be lost
-            base, tau, packed = self.emr.base.get(name), self.emr.tau.get(name), self.emr.mask_of(key, name)
-            bits.rebuild(base, tau, packed, self.emr.rescaler.get(key), out=parameter)
-        for name, owners in self._private_sites.items():
-            install(owners, self.emr.private_of(key, name))
-        self.config.apply_task(task)
-        for module in self.model.modules():
-            if "num_labels" in vars(module):
-                module.num_labels = self.config.num_labels
-        self._use_generation_config(entry)
+        self._switch.become(task)
         self._active, self._half_switched = task, False
-
-    def _use_generation_config(self, entry: dict[str, Any]) -> None:
-        """Tasks have generation settings of their own only where these differ."""
-        if entry.get("generation_config") is not None:
-            self.model.generation_config = GenerationConfig.from_dict(entry["generation_config"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRMergedModel:
         """Move or cast. After a cast the weights are rebuilt from the cast base, as a load in that dtype has them."""
         before = self.dtype
         super()._apply(fn, recurse)
         if self._active is not None and self.dtype != before:
-            self._activate(self._active, self.config.entry(self._active))
+            self._activate(self._active)
         return self
 
     def merge_and_unload(self, task: str | None = None) -> PreTrainedModel:
@@ -309,8 +280,10 @@ class EMRMergedModel(PreTrainedModel):
             a plain model of class `config.base_architecture`, bit for bit the live model on that task.
         """
         self.set_task(task or self._active or self.config.default_task)
+        if self.config.vectors is not None:
+            merge_and_unload(self.model)
         model = self.model.requires_grad_(True)
-        self.emr = nn.Module()  # type: ignore[assignment]
+        self.emr = self._switch.bank = nn.Module()  # type: ignore[assignment]
         self._active = None
         return model
 
@@ -335,7 +308,7 @@ class EMRMergedModel(PreTrainedModel):
         return self.model(*args, **kwargs)
 
     def _check_forward(self, kwargs: dict[str, Any]) -> None:
-        if hasattr(self, "_hf_hook") and any(getattr(m, attr).is_meta for m, attr in self._sites.values()):
+        if hasattr(self, "_hf_hook") and any(getattr(m, attr).is_meta for m, attr in self._switch.sites.values()):
             raise OffloadedError(
                 "this model was offloaded after loading, with the base's weights instead of the task's: offload "
                 "model.model, or what merge_and_unload(task) gives"
@@ -366,19 +339,14 @@ class EMRMergedModel(PreTrainedModel):
         return self.model.get_decoder(*args, **kwargs)
 
 
-def _private_spec(private: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (torch.Size(shape), getattr(torch, dtype)) for name, (shape, dtype) in private.items()}
-
-
 def _save_base_weights(model: EMRMergedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """What is saved as the model's weights is the base; private tensors are saved in the bank only."""
     if model._active is None:
         return  # not loaded yet: transformers asks for the names of all that needs memory
-    base_of = {id(getattr(module, attr)): model.emr.base.get(name) for name, (module, attr) in model._sites.items()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in base_of and prefix + name in state_dict:
-            state_dict[prefix + name] = base_of[id(parameter)]
-    for name in model._private_names:
+    for name, merged in owners_of(model._switch, model).items():
+        if prefix + name in state_dict:
+            state_dict[prefix + name] = model.emr.base.get(merged)
+    for name in model._switch.private_names:
         state_dict.pop(f"{prefix}model.{name}", None)
 
 
@@ -390,18 +358,15 @@ def _restore_base(
         ours = [name for name in state_dict if name.startswith(f"{prefix}model.")]
         state_dict.update({name: state_dict[name].clone() for name in ours})
     if model._active is not None:
-        with torch.no_grad():
-            for name, (module, attr) in model._sites.items():
-                getattr(module, attr).copy_(model.emr.base.get(name))
+        model._switch.restore_base()
 
 
 def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:
     """After `load_state_dict` the live weights are the base: keep them as such and rebuild the task."""
-    private = tuple(f"model.{name}" for name in model._private_names)
+    private = tuple(f"model.{name}" for name in model._switch.private_names)
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if not key.endswith(private)] if private else missing
     if model._active is None:
         return
-    for name, (module, attr) in model._sites.items():
-        model.emr.base.get(name).copy_(getattr(module, attr).detach())
-    model._activate(model._active, model.config.entry(model._active))
+    model._switch.take_base()
+    model._activate(model._active)

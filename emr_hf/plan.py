@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -11,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import election
 from .checkpoint import Checkpoint
 from .recipe import Recipe
-from .repo import model_name
+from .repo import part_of
 from .report import human
 from .storage import TensorInfo
 
@@ -28,8 +29,12 @@ class Plan:
         config: configuration of the wrapped model, with the default task's labels.
         skeleton: the wrapped model on the meta device.
         dtype: of the base in the repo.
+        save_as: layout of what is written, `"model"` or `"peft"`.
+        vectors: settings of the (IA)³ adapter whose vectors are merged; `None` where weights are.
         merged: names that are merged, in the model's order.
         private: name -> why it is kept for each task by itself.
+        kept: names of the tensors that no finetune touches: they stay the base's.
+        dtypes: name -> dtype of the base's tensor in the repo, or when the base is loaded beside it.
         skipped: (checkpoint, stored name, why) of every stored tensor that is not used.
         outputs: name in the repo -> shape and dtype.
         warnings: what the user should know.
@@ -42,8 +47,12 @@ class Plan:
     config: PreTrainedConfig
     skeleton: PreTrainedModel
     dtype: torch.dtype
-    merged: list[str]
-    private: dict[str, str]
+    save_as: str = "model"
+    vectors: dict[str, Any] | None = None
+    merged: list[str] = field(default_factory=list)
+    private: dict[str, str] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     outputs: dict[str, TensorInfo] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -63,16 +72,25 @@ class Plan:
 
     @property
     def bytes_in(self) -> int:
-        checkpoints = [self.base, *self.finetunes.values()]
-        return sum(info.nbytes for checkpoint in checkpoints for info in checkpoint.infos.values())
+        return self.base.nbytes + self.bytes_finetunes
 
     @property
     def bytes_finetunes(self) -> int:
-        return sum(info.nbytes for checkpoint in self.finetunes.values() for info in checkpoint.infos.values())
+        return sum(checkpoint.nbytes for checkpoint in self.finetunes.values())
 
     @property
     def bytes_out(self) -> int:
         return sum(info.nbytes for info in self.outputs.values())
+
+    @property
+    def bytes_modulators(self) -> int:
+        """Bytes of everything that is written beside the base."""
+        return sum(info.nbytes for name, info in self.outputs.items() if part_of(name) != "base")
+
+    @property
+    def adapters(self) -> int:
+        """How many of the finetunes are adapters."""
+        return sum(checkpoint.source.adapter is not None for checkpoint in self.finetunes.values())
 
     @property
     def memory(self) -> int:
@@ -81,7 +99,7 @@ class Plan:
         return 128 * election.CHUNK + 2 * max(checkpoint.largest_conversion for checkpoint in checkpoints)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        return self.outputs[model_name(name)].dtype
+        return self.dtypes[name]
 
     def __str__(self) -> str:
         merged = sum(self.base.infos[name].numel for name in self.merged)
@@ -90,7 +108,10 @@ class Plan:
             f"merge    {len(self.merged)} tensors, {merged:,} elements, rescale={self.recipe.rescale}, "
             f"tau in {self.recipe.tau_dtype}, base in {dtype_name(self.dtype)}",
         ]
+        if self.vectors is not None:
+            lines.append("space    that of the (IA)³ vectors, base value one")
         lines += _grouped("private", [(why, name) for name, why in self.private.items()])
+        lines += _grouped("keep", [("the base's, no finetune touches them", name) for name in self.kept])
         lines += _grouped("skip", [(f"{label}: {why}", name) for label, name, why in self.skipped])
         for task, checkpoint in self.finetunes.items():
             default = " (default)" if task == self.default_task else ""

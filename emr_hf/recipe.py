@@ -22,8 +22,9 @@ class Recipe:
     """What to merge and how.
 
     Args:
-        base: the pretrained model: a folder, a Hub id (`me/repo@revision`) or a loaded model.
-        finetunes: task -> finetune, each as `base`. In YAML the field is called `tasks`.
+        base: the pretrained model: a folder, a Hub id (`me/repo@revision`) or a loaded model; `None` to take the one
+            that the adapters name.
+        finetunes: task -> finetune, each as `base`, or a PEFT adapter. In YAML the field is called `tasks`.
         rescale (*optional*, defaults to `"global"`): `"global"` (the paper's) or `"tensor_mean"`.
         tau_dtype (*optional*, defaults to `"float32"`): what the unified vector is stored in; `"bfloat16"` and
             `"float16"` halve it, the report says what they cost.
@@ -35,7 +36,7 @@ class Recipe:
         OptionError: the field that is wrong, what was expected and what came.
     """
 
-    base: Reference
+    base: Reference | None
     finetunes: Mapping[str, Reference]
     rescale: str = "global"
     tau_dtype: str = "float32"
@@ -73,16 +74,15 @@ class Recipe:
                 raise RecipeError(
                     f"{path}: unknown field {name!r}.{nearest(name, allowed)} Expected {', '.join(sorted(allowed))}"
                 )
-        for name in ("base", "tasks"):
-            if name not in content:
-                raise RecipeError(f"{path}: the field {name!r} is missing")
+        if "tasks" not in content:
+            raise RecipeError(f"{path}: the field 'tasks' is missing")
         tasks = content.pop("tasks")
         if not isinstance(tasks, dict):
             raise RecipeError(f"{path}: tasks: expected a mapping of names to finetunes, got {tasks!r}")
         try:
-            content["base"] = _reference("base", content["base"], path.parent)
+            base = _reference("base", content.pop("base"), path.parent) if "base" in content else None
             finetunes = {task: _reference(f"tasks: {task}", value, path.parent) for task, value in tasks.items()}
-            return cls(finetunes=finetunes, **content)
+            return cls(base, finetunes, **content)
         except (OptionError, TypeError) as error:
             raise RecipeError(f"{path}: {error}") from None
 

@@ -17,18 +17,27 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 from .errors import CheckpointError, OptionError, RepoError, one_line
-from .storage import Storage, TensorInfo, open_folder, reserve
+from .storage import Storage, TensorInfo, open_adapter, open_folder, reserve
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_TYPE = "emr_merged"
-CONFIG_NAME = "config.json"
+PEFT_TYPE = "EMR"
+LAYOUTS = ("model", "peft")
+"""A model with its base, or an adapter for a base kept elsewhere."""
 REPORT_NAME = "emr_report.json"
 CARD_NAME = "README.md"
 SHIM_NAME = "modeling_emr_hf.py"
 TASKS_FOLDER = "tasks"
+ADAPTERS_FOLDER = "adapters"
 
 # Everything that a tokenizer, a processor or `generate` reads beside the weights.
 SIDE_FILES = (
@@ -108,6 +117,16 @@ def rescaler_name(key: str) -> str:
     return f"emr.rescaler.{key}"
 
 
+# The bank's place in a model that PEFT has put it into, and that in PEFT's file, which leaves out the adapter's name.
+PEFT_MODULE, PEFT_BANKS = "emr", "emr_bank"
+_PEFT_PREFIX = f"base_model.model.{PEFT_MODULE}.{PEFT_BANKS}."
+
+
+def stored_name(name: str, layout: str) -> str:
+    """Name in the file of what is called `name` in a repo with a base."""
+    return name if layout == "model" else _PEFT_PREFIX + name.removeprefix("emr.")
+
+
 PARTS = ("base", "tau", "mask", "private", "rescaler")
 
 
@@ -116,23 +135,43 @@ def part_of(name: str) -> str:
     return "base" if name.startswith("model.") else name.split(".")[1]
 
 
-def is_merged_repo(folder: Path) -> bool:
-    """Whether a folder holds a merged repo."""
-    try:
-        return json.loads((folder / CONFIG_NAME).read_text()).get("model_type") == MODEL_TYPE
-    except (OSError, ValueError, AttributeError):
-        return False
+def layout_of(folder: Path) -> str | None:
+    """Which of `LAYOUTS` a folder's merge has; `None` if it holds none."""
+    for layout, file, key, kind in (
+        ("model", CONFIG_NAME, "model_type", MODEL_TYPE),
+        ("peft", ADAPTER_CONFIG_NAME, "peft_type", PEFT_TYPE),
+    ):
+        with suppress(OSError, ValueError, AttributeError):
+            if json.loads((folder / file).read_text()).get(key) == kind:
+                return layout
+    return None
+
+
+class _PeftStorage:
+    """A merge in PEFT's file, under the names of a repo with a base."""
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+        names = (name for name in storage.infos if name.startswith(_PEFT_PREFIX))
+        self._stored = {f"emr.{name.removeprefix(_PEFT_PREFIX)}": name for name in names}
+        self.infos = {name: storage.infos[stored] for name, stored in self._stored.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._storage.read(self._stored[name])
 
 
 def open_repo(folder: Path) -> Storage:
-    """The tensors of a merged repo, by their headers.
+    """The tensors of a merged repo, by their headers, under one name each whatever the layout.
 
     Raises:
         RepoError: not a merged repo, or one with missing or damaged files.
     """
-    if not is_merged_repo(folder):
+    layout = layout_of(folder)
+    if layout is None:
         raise RepoError(f"{folder} is no merged repo: expected what `emr-hf merge` or save_pretrained wrote")
     try:
+        if layout == "peft":
+            return _PeftStorage(open_adapter(str(folder), folder))
         return open_folder(str(folder), folder)
     except CheckpointError as error:
         raise RepoError(str(error)) from None
@@ -163,7 +202,7 @@ def check_target(out: Path, overwrite: bool) -> None:
         return
     if out.is_dir() and not any(out.iterdir()):
         return
-    if not is_merged_repo(out):
+    if layout_of(out) is None:
         raise RepoError(f"{out} exists and is no merged repo: it will not be touched; choose another folder")
     if not overwrite:
         raise RepoError(f"{out} exists: choose another folder or give overwrite=True (--overwrite)")
@@ -234,12 +273,23 @@ class WeightsWriter:
     Args:
         folder: where to.
         tensors: name -> shape and dtype.
-        max_shard_size: bytes of a file, or a size such as `"5GB"`.
+        max_shard_size: bytes of a file, or a size such as `"5GB"`; PEFT reads a single one.
+        layout (*optional*, defaults to `"model"`): which of `LAYOUTS`.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], max_shard_size: str | int):
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, TensorInfo],
+        max_shard_size: str | int,
+        layout: str = "model",
+    ):
         self._maps: dict[str, tuple[mmap.mmap, int]] = {}
         self._tensors = tensors
+        self._layout = layout
+        if layout == "peft":
+            self._create(folder / ADAPTER_SAFE_WEIGHTS_NAME, list(tensors))
+            return
         shards = split_state_dict_into_shards_factory(
             dict(tensors),
             get_storage_size=lambda info: info.nbytes,
@@ -261,7 +311,8 @@ class WeightsWriter:
             info = self._tensors[name]
             starts[name], end = end, end + info.nbytes
             dtype = _SAFETENSORS_DTYPES[info.dtype]
-            header[name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [starts[name], end]}
+            entry = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [starts[name], end]}
+            header[stored_name(name, self._layout)] = entry
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         with path.open("wb+") as file:

@@ -47,6 +47,8 @@ class MergeReport:
         merged_tensors, merged_elements: how much was merged.
         bytes_out: weights of the repo.
         bytes_finetunes: weights of the finetunes by themselves.
+        bytes_modulators: of the repo's weights, what is not the base.
+        adapters: how many of the finetunes are adapters.
         seconds: wall time.
         tasks: task -> its numbers.
         warnings: what the user should know.
@@ -63,6 +65,8 @@ class MergeReport:
     bytes_out: int
     bytes_finetunes: int
     seconds: float
+    bytes_modulators: int = 0
+    adapters: int = 0
     tasks: dict[str, TaskReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -102,14 +106,24 @@ class MergeReport:
 
     def summary(self) -> str:
         """One sentence on size, and one on what a narrow `tau_dtype` cost."""
-        share = self.bytes_out / self.bytes_finetunes
-        text = (
-            f"{human(self.bytes_out)} on disk, {share:.0%} of the {len(self.tasks)} finetunes' "
-            f"{human(self.bytes_finetunes)}."
-        )
+        text = self._adapters_size() if self.adapters == len(self.tasks) else self._finetunes_size()
         if self.tau_rounding:
             text += f" Storing tau in {self.tau_dtype} changed it by {self.tau_rounding:.1e} (relative L2)."
         return text
+
+    def _finetunes_size(self) -> str:
+        share = self.bytes_out / self.bytes_finetunes
+        return (
+            f"{human(self.bytes_out)} on disk, {share:.0%} of the {len(self.tasks)} finetunes' "
+            f"{human(self.bytes_finetunes)}."
+        )
+
+    def _adapters_size(self) -> str:
+        ours, theirs = human(self.bytes_modulators), human(self.bytes_finetunes)
+        text = f"{human(self.bytes_out)} on disk; beside the base, vector, masks and heads take {ours}"
+        if self.bytes_modulators > self.bytes_finetunes:
+            return f"{text}. The {self.adapters} adapters by themselves are SMALLER: {theirs}."
+        return f"{text}, the {self.adapters} adapters by themselves {theirs}."
 
 
 def human(size: float) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -20,15 +23,23 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    WEIGHTS_INDEX_NAME,
+)
 
 from .errors import CheckpointError, one_line
-from .storage import ModelStorage, Storage, TensorInfo, open_folder
+from .storage import MODEL_WEIGHTS, ModelStorage, Storage, TensorInfo, open_adapter, open_folder
 
 MERGEABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Reference = str | Path | PreTrainedModel
 
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_ADAPTER_FILES = [*_CONFIG_FILES, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME]
 # Whatever fails between here and the Hub: a repo id or a repo of the wrong kind (ValueError), the network, the Hub's
 # answers, and its HTTP library's own errors, which those derive from.
 HUB_ERRORS: tuple[type[Exception], ...] = (
@@ -72,6 +83,37 @@ class HubStorage:
 
 
 @dataclass
+class Adapter:
+    """A PEFT adapter as it is stored: an input that is complete only together with its base.
+
+    Attributes:
+        label, name, revision, folder: as for [`Source`].
+        settings: content of `adapter_config.json`.
+        storage: its tensors, under the names PEFT saves.
+    """
+
+    label: str
+    name: str
+    settings: dict[str, Any]
+    storage: Storage
+    revision: str | None = None
+    folder: Path | None = None
+
+    @property
+    def peft_type(self) -> str:
+        return str(self.settings["peft_type"])
+
+    @property
+    def base(self) -> str | None:
+        """Hub id or path of the model it was trained on, where it says so."""
+        return self.settings.get("base_model_name_or_path") or None
+
+    @property
+    def base_revision(self) -> str | None:
+        return self.settings.get("revision") or None
+
+
+@dataclass
 class Source:
     """One input: its configuration and its stored tensors.
 
@@ -81,6 +123,7 @@ class Source:
         revision: the commit, for a Hub id.
         folder: where configuration and tokenizer files are; `None` for a loaded model.
         model: the loaded model, if it is one.
+        adapter: the adapter, if it is one; `config` is its base's then, with the adapter's labels.
     """
 
     label: str
@@ -90,6 +133,7 @@ class Source:
     revision: str | None = None
     folder: Path | None = None
     model: PreTrainedModel | None = None
+    adapter: Adapter | None = None
 
     @property
     def architecture(self) -> str | None:
@@ -106,8 +150,16 @@ def open_source(reference: Reference, label: str) -> Source:
         label: how messages name it.
 
     Raises:
-        CheckpointError: not found, no weights, a missing shard, a truncated file, or quantised.
+        CheckpointError: not found, no weights, a missing shard, a truncated file, quantised, or an adapter.
     """
+    source = open_input(reference, label)
+    if isinstance(source, Adapter):
+        raise CheckpointError(f"{label}: {source.name} is a PEFT adapter, expected a full checkpoint")
+    return source
+
+
+def open_input(reference: Reference, label: str) -> Source | Adapter:
+    """[`open_source`], for what may be a PEFT adapter."""
     if isinstance(reference, PreTrainedModel):
         name = _published_name(str(reference.config.name_or_path or type(reference).__name__))
         source = Source(label, name, reference.config, ModelStorage(label, reference), model=reference)
@@ -117,11 +169,16 @@ def open_source(reference: Reference, label: str) -> Source:
         )
     elif (folder := _as_folder(reference)) is not None:
         name = folder.resolve().name
+        if is_adapter(os.listdir(folder)):
+            return Adapter(label, name, _settings(label, folder), open_adapter(label, folder), folder=folder)
         source = Source(label, name, _config(label, folder), open_folder(label, folder), folder=folder)
     elif isinstance(reference, Path) or re.match(r"[./~]|[A-Za-z]:\\", reference) or os.path.isfile(reference):
         raise CheckpointError(f"{label}: {reference} is not a folder: expected a checkpoint's folder or a Hub id")
     else:
-        source = _open_hub(reference, label)
+        found = _open_hub(reference, label)
+        if isinstance(found, Adapter):
+            return found
+        source = found
     if getattr(source.config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"{label}: {source.name} is quantised ({_quantisation(source.config)}): "
@@ -154,30 +211,64 @@ def _quantisation(config: PreTrainedConfig) -> str:
     return str(settings.get("quant_method", "by an unknown method"))
 
 
-def _config(label: str, folder: Path) -> PreTrainedConfig:
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{label}: {folder} is a PEFT adapter, expected a full checkpoint: save what its merge_and_unload() gives"
-        )
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{label}: no config.json in {folder}")
+def is_adapter(files: Collection[str]) -> bool:
+    """Whether these files make a PEFT adapter; beside a whole model's weights an adapter's are left alone."""
+    return ADAPTER_CONFIG_NAME in files and not any(name in files for name in MODEL_WEIGHTS)
+
+
+def _settings(label: str, folder: Path) -> dict[str, Any]:
+    path = folder / ADAPTER_CONFIG_NAME
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings["peft_type"], str):
+            raise TypeError(f"peft_type is {settings['peft_type']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"no field {error}" if isinstance(error, KeyError) else one_line(error)
+        raise CheckpointError(f"{label}: cannot use {path}: {reason}: expected a PEFT adapter's settings") from None
+    return settings
+
+
+def read_config(label: str, folder: Path) -> PreTrainedConfig:
+    """`config.json` of a folder; a checkpoint's own code is never run.
+
+    Raises:
+        CheckpointError: transformers cannot use it.
+    """
     try:
         # False, not the default: that one would ask to run a checkpoint's own code.
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{label}: cannot use {folder / 'config.json'}: {one_line(error)}") from None
+        raise CheckpointError(f"{label}: cannot use {folder / CONFIG_NAME}: {one_line(error)}") from None
 
 
-def _open_hub(reference: str, label: str) -> Source:
+def _config(label: str, folder: Path) -> PreTrainedConfig:
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{label}: no {CONFIG_NAME} in {folder}")
+    return read_config(label, folder)
+
+
+def commit_of(repo_id: str, revision: str | None) -> str:
+    """The commit that a branch, tag or commit of a Hub repo is; errors are `HUB_ERRORS`."""
+    if constants.HF_HUB_OFFLINE:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True)).name
+    return str(HfApi().model_info(repo_id, revision=revision).sha)
+
+
+def _open_hub(reference: str, label: str) -> Source | Adapter:
     repo_id, _, revision = reference.partition("@")
     try:
-        if constants.HF_HUB_OFFLINE:
-            folder = Path(snapshot_download(repo_id, revision=revision or None, local_files_only=True))
-            commit, storage = folder.name, open_folder(label, folder)
-        else:
-            commit = str(HfApi().model_info(repo_id, revision=revision or None).sha)
-            folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=_CONFIG_FILES))
-            storage = HubStorage(label, repo_id, commit)
+        offline = constants.HF_HUB_OFFLINE
+        commit = commit_of(repo_id, revision or None)
+        patterns = None if offline else _CONFIG_FILES
+        folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns, local_files_only=offline))
+        files = os.listdir(folder)
+        if ADAPTER_CONFIG_NAME in files and not offline:
+            files = HfApi().list_repo_files(repo_id, revision=commit)
+        if is_adapter(files):
+            if not offline:  # an adapter is small: no need to read headers from afar
+                folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=_ADAPTER_FILES))
+            return Adapter(label, repo_id, _settings(label, folder), open_adapter(label, folder), commit, folder)
+        storage = open_folder(label, folder) if offline else HubStorage(label, repo_id, commit)
     except HFValidationError as error:
         raise CheckpointError(f"{label}: {reference!r} is neither a folder nor a Hub id: {one_line(error)}") from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:

@@ -18,9 +18,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from .errors import CheckpointError, one_line
+
+# A whole model's weights stand in one of these files, or in those that it names.
+MODEL_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,18 @@ class Storage(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file where it has one."""
         ...
+
+
+def open_adapter(label: str, folder: Path) -> Storage:
+    """The weights of a PEFT adapter's folder.
+
+    Raises:
+        CheckpointError: no weights, a truncated or broken file.
+    """
+    for kind, name in ((SafetensorsStorage, ADAPTER_SAFE_WEIGHTS_NAME), (BinStorage, ADAPTER_WEIGHTS_NAME)):
+        if (folder / name).exists():
+            return kind(label, [folder / name])
+    raise CheckpointError(f"{label}: no weights in {folder}: expected {ADAPTER_SAFE_WEIGHTS_NAME}")
 
 
 def open_folder(label: str, folder: Path) -> Storage:

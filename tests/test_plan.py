@@ -73,7 +73,7 @@ def test_check_writes_nothing(bert_inputs, tmp_path):
 def test_merge_runs_the_same_check_first(bert_inputs, tmp_path, monkeypatch):
     calls = []
 
-    def refuse(recipe, out=None, overwrite=False):
+    def refuse(recipe, out=None, overwrite=False, save_as="model"):
         calls.append((recipe, out, overwrite))
         raise emr_hf.MismatchError("refused by check")
 

@@ -1,0 +1,1 @@
+"""PEFT adapters: as finetunes, and as what a merge becomes. Needs the extra `adapters`."""

@@ -1,0 +1,156 @@
+"""An adapter as a full finetune: every weight it touches, as PEFT's own merge into a float32 base makes it.
+
+The space of the weights is the only one where merging LoRAs is well defined: their factors are not unique, since
+`(B R, R^-1 A)` is the same adapter for any invertible R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..checkpoint import Checkpoint, spill
+from ..errors import CheckpointError, MismatchError, nearest, one_line
+from ..sources import Source
+from ..storage import TensorInfo
+from .binding import PREFIX
+from .layers import adapted_layers, inject, merged, names_in_layers, plain_name, stored_names, touched_parameters
+
+
+class AdapterCheckpoint(Checkpoint):
+    """The weights of a base with one adapter merged into it, one module at a time.
+
+    Attributes:
+        model: the skeleton with PEFT's layers, on the meta device.
+        values: name in `model` -> stored name, of the tensors in those layers.
+    """
+
+    def __init__(self, source: Source, skeleton: PreTrainedModel, base: Checkpoint):
+        assert source.adapter is not None
+        self.source, self._base = source, base
+        self.scratch: Path | None = None
+        self.unexpected: list[str] = []
+        self.model, self._config = injected_copy(source, skeleton)
+        self._whole: dict[str, str] = {}  # name in memory -> stored name
+        self.values: dict[str, str] = {}  # name in the injected model -> stored name
+        self._sort_tensors(skeleton)
+        self._layer_of = {
+            f"{path}.{name}": path for path, layer in adapted_layers(self.model) for name in touched_parameters(layer)
+        }
+        self._touched = {*self._layer_of, *self._whole}
+        self._own = {name for name in self._whole if self._is_saved_module(name)}
+        self.infos = {**base.infos, **{name: source.storage.infos[stored] for name, stored in self._whole.items()}}
+        for name in self._layer_of:
+            if name not in self.infos:
+                raise MismatchError(f"{source.label}: {name} is missing from the base, {source.name} changes it")
+            self.infos[name] = TensorInfo(self.infos[name].shape, torch.float32)
+        self._spilled: dict[str, Tensor] = {}
+
+    def _sort_tensors(self, skeleton: PreTrainedModel) -> None:
+        """Find the place of every stored tensor, and that none is missing or of a wrong shape."""
+        label, infos = self.source.label, self.source.storage.infos
+        places = skeleton.state_dict()
+        expected = {f"{PREFIX}{name}": tensor for name, tensor in stored_names(self.model, self._config).items()}
+        for name in expected:
+            if name not in infos:
+                raise CheckpointError(f"{label}: {name} is missing from {self.source.name}{nearest(name, infos)}")
+        in_layers = names_in_layers(self.model, self._config, [name.removeprefix(PREFIX) for name in infos])
+        for stored, info in infos.items():
+            name = plain_name(stored.removeprefix(PREFIX))
+            if name in places:
+                self._whole[name] = stored
+            elif stored not in expected:
+                raise CheckpointError(
+                    f"{label}: {self.source.name} holds {stored}, for which {type(skeleton).__name__} with its "
+                    f"adapter_config.json has no place"
+                )
+            elif info.shape != tuple(expected[stored].shape):
+                raise MismatchError(
+                    f"{label}: {stored} is {list(info.shape)}, expected {list(expected[stored].shape)}: the adapter "
+                    "does not fit the base"
+                )
+            else:
+                self.values[in_layers[stored.removeprefix(PREFIX)]] = stored
+
+    def _is_saved_module(self, name: str) -> bool:
+        modules = getattr(self._config, "modules_to_save", None) or ()
+        path = f".{name.rpartition('.')[0]}."
+        return any(f".{module}." in path for module in modules)
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name for the kind of adapter."""
+        assert self.source.adapter is not None
+        return self.source.adapter.peft_type
+
+    @property
+    def touched(self) -> Collection[str]:
+        return self._touched
+
+    @property
+    def own(self) -> Collection[str]:
+        """Names of the tensors that the adapter holds whole, as `modules_to_save` says."""
+        return self._own
+
+    @property
+    def largest_conversion(self) -> int:
+        return max((self.infos[name].nbytes for name in self._layer_of), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.source.storage.infos.values())
+
+    def check_tied(self) -> None:
+        """Tied tensors are the base's."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor: the base's, the adapter's own, or what merging its module gives, float32."""
+        if name not in self._layer_of:
+            stored = self._whole.get(name)
+            return self._base.read(name) if stored is None else self.source.storage.read(stored)
+        if name not in self._spilled:
+            self._spilled |= self._merge(self._layer_of[name])
+        return self._spilled.pop(name)
+
+    def _merge(self, path: str) -> dict[str, Tensor]:
+        """Merge one module; what it touches waits in unnamed files, so that memory does not grow with the adapters."""
+        layer = deepcopy(self.model.get_submodule(path))
+        values = {name: self._value(path, name) for name in layer.state_dict()}
+        layer.load_state_dict(values, assign=True)
+        try:
+            module: nn.Module = merged(layer)
+        except Exception as error:  # whatever PEFT raises, the adapter cannot be merged
+            raise CheckpointError(f"{self.source.label}: PEFT cannot merge {path}: {one_line(error)}") from error
+        found = {f"{path}.{name}": value.detach() for name, value in module.named_parameters()}
+        return {name: spill(value, self.scratch) for name, value in found.items() if self._layer_of.get(name) == path}
+
+    def _value(self, path: str, name: str) -> Tensor:
+        stored = self.values.get(f"{path}.{name}")
+        if stored is not None:
+            value = self.source.storage.read(stored)
+        else:
+            plain = plain_name(f"{path}.{name}")
+            value = self.source.storage.read(self._whole[plain]) if plain in self._whole else self._base.read(plain)
+        # PEFT merges in place: what is mapped from a file must not be written to.
+        return value.to(torch.float32, copy=True)
+
+
+def injected_copy(source: Source, skeleton: PreTrainedModel) -> tuple[PreTrainedModel, Any]:
+    """A copy of the skeleton with the adapter's layers, on the meta device, and PEFT's configuration.
+
+    Raises:
+        CheckpointError: the adapter's settings do not fit the model.
+    """
+    assert source.adapter is not None
+    model = deepcopy(skeleton)
+    try:
+        return model, inject(model, source.adapter.settings)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        what = f"{source.label}: {source.name} does not fit {type(model).__name__}"
+        raise CheckpointError(f"{what}: {one_line(error)}") from error
