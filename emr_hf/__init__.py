@@ -6,6 +6,7 @@ from . import auto, pipelines
 from .auto import HEAD_CLASSES
 from .checking import check
 from .configuration import EMRConfig
+from .editing import add_task, remove_task
 from .election import Merge, merge_state_dicts
 from .errors import (
     CheckpointError,
@@ -67,6 +68,7 @@ __all__ = [
     "RepoError",
     "TaskReport",
     "UnknownTaskError",
+    "add_task",
     "check",
     "export",
     "inspect",
@@ -74,6 +76,7 @@ __all__ = [
     "merge_recipe",
     "merge_state_dicts",
     "push_folder",
+    "remove_task",
     *_PEFT,
     *sorted(head.__name__ for head in HEAD_CLASSES.values()),
 ]

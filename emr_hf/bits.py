@@ -6,6 +6,8 @@ flat tensor. Unused bits of the last byte are 0.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -70,3 +72,22 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Te
     if target is not out:
         out.detach().copy_(target)
     return out
+
+
+@dataclass(frozen=True)
+class StoredVector:
+    """lambda_t M_t tau: what a merge has kept of a task vector, made a piece at a time.
+
+    Attributes:
+        tau, packed, rescaler: as for [`rebuild`].
+    """
+
+    tau: Tensor
+    packed: Tensor
+    rescaler: Tensor
+
+    def __getitem__(self, where: slice) -> Tensor:
+        """Elements `start` (a multiple of 8) to `stop` of the flat vector, float32."""
+        tau = self.tau.reshape(-1)[where]
+        packed = self.packed[where.start // 8 : packed_size(where.stop)]
+        return rebuild(torch.zeros(tau.shape), tau, packed, self.rescaler)

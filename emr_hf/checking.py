@@ -85,10 +85,9 @@ def bound(finetune: Source | Adapter, base: Source) -> Source:
 
 def make_plan(recipe: Recipe, base: Source, sources: Mapping[str, Source], save_as: str) -> Plan:
     """Decide what is merged, what is kept for each task, and what the repo will hold."""
-    architecture = _common_architecture(sources)
+    architecture = common_architecture(sources)
     for source in sources.values():
-        _check_same_structure(base, source)
-        _check_tokenizer(source)
+        check_finetune(base, source)
     default = sources[recipe.default_task or next(iter(sources))]
     dtype = _main_dtype(base)
     skeleton = build_skeleton(default, dtype)
@@ -120,7 +119,7 @@ def _use_vectors(plan: Plan) -> None:
     adapters = [c for c in plan.finetunes.values() if isinstance(c, AdapterCheckpoint) and c.kind == "IA3"]
     if len(adapters) < len(plan.finetunes):
         return
-    settings = ia3.common_settings(adapters)
+    settings = ia3.common_settings([adapter.model for adapter in adapters])
     if settings is not None:
         use_vectors(plan, settings)
 
@@ -141,7 +140,7 @@ def fill_plan(plan: Plan) -> None:
     plan.outputs = _outputs(plan)
 
 
-def _common_architecture(sources: Mapping[str, Source]) -> str:
+def common_architecture(sources: Mapping[str, Source]) -> str:
     first, *others = sources.values()
     if first.architecture is None:
         raise MismatchError(f"{first.label}: config.json names no architecture: expected one, such as BertForMaskedLM")
@@ -152,6 +151,12 @@ def _common_architecture(sources: Mapping[str, Source]) -> str:
                 f"{first.architecture}: all finetunes must be of one class"
             )
     return first.architecture
+
+
+def check_finetune(base: Source, source: Source) -> None:
+    """Raise if a finetune cannot be one of the base, by their configurations."""
+    _check_same_structure(base, source)
+    _check_tokenizer(source)
 
 
 def _check_same_structure(base: Source, source: Source) -> None:
@@ -321,7 +326,7 @@ def _warnings(plan: Plan) -> list[str]:
         if where in seen:
             warnings.append(f"{task}: is the same checkpoint as {seen[where]}")
         seen.setdefault(where, task)
-        warnings += _config_differences(plan, task)
+        warnings += config_differences(plan, task)
         dtype = _main_dtype(source)
         if source.adapter is None and dtype.itemsize < plan.dtype.itemsize:
             warnings.append(
@@ -338,7 +343,7 @@ _HARMLESS = (
 ).split()
 
 
-def _config_differences(plan: Plan, task: str) -> list[str]:
+def config_differences(plan: Plan, task: str) -> list[str]:
     """The repo has one configuration, the default task's: what another finetune has otherwise is lost."""
     ours, theirs = plan.config.to_dict(), plan.finetunes[task].source.config.to_dict()
     return [

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.generic import ContextManagers
 
+from .bits import StoredVector
 from .errors import CheckpointError, MismatchError, one_line
 from .sources import Source
 from .storage import TensorInfo, reserve
@@ -170,6 +172,14 @@ class Checkpoint:
                     f"{self.source.label}: {alias} and {name} differ, but the configuration ties them "
                     "(tie_word_embeddings=true): correct the checkpoint's config.json"
                 )
+
+    def deviation(self, name: str) -> Tensor | StoredVector:
+        """What is elected: the tensor, or what is known of its difference from the base's."""
+        return self.read(name)
+
+    def extras(self) -> dict[str, Any]:
+        """What the repo's configuration records of the task beside the usual."""
+        return {}
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from a file where there is one."""

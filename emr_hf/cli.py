@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from . import __version__
 from .errors import EMRError
+from .repo import LAYOUTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +53,19 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("check", _check, "validate a recipe from configurations and headers, and print the plan", "recipe")
     sub.add_argument("out", nargs="?", help="folder to check for space and for what is there already")
     sub.add_argument("--overwrite", action="store_true", help="the folder may hold a merged repo already")
-    sub = verb("merge", _merge, "merge a recipe's finetunes into a repo", "recipe", "out")
-    sub.add_argument("--overwrite", action="store_true", help="replace a merged repo that is there already")
+    _add_layout(sub)
+    sub = verb("merge", _merge, "merge a recipe's finetunes or adapters into a repo", "recipe", "out")
+    _add_overwrite(sub)
+    _add_layout(sub)
+    _add_format(sub)
+    sub = verb(
+        "add", _add, "add a task to a merged repo, without its other finetunes", "repo", "task", "finetune", "out"
+    )
+    _add_overwrite(sub)
+    _add_format(sub)
+    sub = verb("remove", _remove, "remove a task from a merged repo", "repo", "task", "out")
+    sub.add_argument("--default-task", help="active after loading (default: the repo's, or the first one left)")
+    _add_overwrite(sub)
     _add_format(sub)
     sub = verb("inspect", _inspect, "print what a merged repo holds", "repo")
     _add_format(sub)
@@ -70,9 +82,25 @@ _POSITIONALS = {
     "recipe": "YAML file: base, tasks (name: folder or Hub id), and options",
     "out": "folder to write",
     "repo": "merged repo: a folder or a Hub id",
+    "task": "name of the task",
+    "finetune": "full checkpoint or PEFT adapter: a folder or a Hub id",
     "folder": "merged repo",
     "repo_id": "Hub id, such as me/bert-emr",
 }
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace a merged repo that is there already")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--as",
+        dest="save_as",
+        choices=LAYOUTS,
+        default="model",
+        help="model: with the base in it; peft: an adapter for a base kept elsewhere (default: %(default)s)",
+    )
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -86,15 +114,31 @@ def _show(result: object, style: str) -> None:
 def _check(options: argparse.Namespace) -> None:
     from . import Recipe, check
 
-    print(check(Recipe.load(options.recipe), options.out, options.overwrite))
+    print(check(Recipe.load(options.recipe), options.out, options.overwrite, options.save_as))
 
 
 def _merge(options: argparse.Namespace) -> None:
     from . import Recipe, check, merging
 
-    checked = check(Recipe.load(options.recipe), options.out, options.overwrite)
+    checked = check(Recipe.load(options.recipe), options.out, options.overwrite, options.save_as)
     print(checked, file=sys.stderr)
     _show(merging.run(checked, options.out, overwrite=options.overwrite), options.format)
+
+
+def _add(options: argparse.Namespace) -> None:
+    from . import add_task
+
+    report = add_task(options.repo, options.task, options.finetune, options.out, overwrite=options.overwrite)
+    _show(report, options.format)
+
+
+def _remove(options: argparse.Namespace) -> None:
+    from . import remove_task
+
+    report = remove_task(
+        options.repo, options.task, options.out, default_task=options.default_task, overwrite=options.overwrite
+    )
+    _show(report, options.format)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .bits import StoredVector
 from .errors import NonFiniteError, OptionError
 
 RESCALERS = ("global", "tensor_mean")
@@ -30,8 +31,17 @@ TAU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 CHUNK = 1 << 18
 
 
-def task_vector(finetune: Tensor, base: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class TaskVector:
+    """tau_t, where it is what is known of a task in place of its weights: `(n,)` float32."""
+
+    values: Tensor
+
+
+def task_vector(finetune: Tensor | TaskVector, base: Tensor) -> Tensor:
     """tau_t = W_t - W0 in float32, of the inputs' shape."""
+    if isinstance(finetune, TaskVector):
+        return finetune.values
     return finetune.to(torch.float32) - base.to(torch.float32)
 
 
@@ -178,13 +188,13 @@ class Elected:
 
 
 def elect_chunk(
-    base: Tensor, finetunes: Sequence[Tensor], tau_dtype: torch.dtype = torch.float32, start: int = 0
+    base: Tensor, finetunes: Sequence[Tensor | TaskVector], tau_dtype: torch.dtype = torch.float32, start: int = 0
 ) -> Elected:
     """Elect some elements of a tensor.
 
     Args:
         base: `(n,)`, any float dtype.
-        finetunes: N tensors of `(n,)`, any float dtype.
+        finetunes: N tensors of `(n,)`, any float dtype, or task vectors.
         tau_dtype: the dtype the unified vector will be stored in; masks and sums are those of the rounded vector.
         start: where the inputs stand in the flat tensor.
 
@@ -229,8 +239,9 @@ def first_non_finite(values: Tensor) -> int | None:
     return int(bad[0]) if len(bad) else None
 
 
-def _non_finite(base: Tensor, finetunes: Sequence[Tensor], taus: Tensor, start: int) -> NonFiniteError:
-    for source, values in enumerate([base, *finetunes], start=-1):
+def _non_finite(base: Tensor, finetunes: Sequence[Tensor | TaskVector], taus: Tensor, start: int) -> NonFiniteError:
+    for source, given in enumerate([base, *finetunes], start=-1):
+        values = given.values if isinstance(given, TaskVector) else given
         if (bad := first_non_finite(values)) is not None:
             return NonFiniteError(source, start + bad, float(values[bad]))
     task, index = (int(i) for i in torch.isfinite(taus).logical_not().nonzero()[0])
@@ -257,20 +268,22 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def elect_tensor(
-    base: Tensor, finetunes: Sequence[Tensor], tau_dtype: torch.dtype = torch.float32
+    base: Tensor, finetunes: Sequence[Tensor | StoredVector], tau_dtype: torch.dtype = torch.float32
 ) -> Iterator[Elected]:
     """Elect a tensor chunk by chunk, reading each input once, in order.
 
     Args:
         base: any shape and float dtype; read as if flat.
-        finetunes: N tensors of the base's shape.
+        finetunes: N tensors of the base's shape, or what a merge has kept of one.
         tau_dtype: as for [`elect_chunk`], which says what is raised.
     """
-    flat = [tensor.reshape(-1) for tensor in (base, *finetunes)]
+    flat = base.reshape(-1)
+    inputs = [given if isinstance(given, StoredVector) else given.reshape(-1) for given in finetunes]
     step = chunk_size(len(finetunes))
     for start in range(0, base.numel(), step):
-        chunk = [tensor[start : start + step] for tensor in flat]
-        yield elect_chunk(chunk[0], chunk[1:], tau_dtype, start)
+        part = slice(start, min(start + step, base.numel()))
+        chunk = [TaskVector(given[part]) if isinstance(given, StoredVector) else given[part] for given in inputs]
+        yield elect_chunk(flat[part], chunk, tau_dtype, start)
 
 
 @dataclass

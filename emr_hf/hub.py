@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from .card import make_card
 from .configuration import EMRConfig, repo_config
 from .errors import RepoError, one_line
-from .repo import CARD_NAME, REPORT_NAME, layout_of, open_repo, write_shim
+from .repo import ADAPTERS_FOLDER, CARD_NAME, REPORT_NAME, TASKS_FOLDER, layout_of, open_repo, write_shim
 from .report import MergeReport
 from .sources import HUB_ERRORS
 
@@ -25,6 +26,25 @@ def write_repo_files(folder: Path, config: EMRConfig, repo_id: str) -> None:
     MergeReport.from_dict(config.report).save(folder / REPORT_NAME)
     card = make_card(config, repo_id, str(layout_of(folder)))
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def carry_files(repo: Path, folder: Path) -> None:
+    """Take what a repo's owner has put beside it, and a card of their own, along into a changed repo."""
+    ours = (TASKS_FOLDER, ADAPTERS_FOLDER, ".git")
+    for path in repo.rglob("*"):
+        place = path.relative_to(repo)
+        if (
+            not path.is_file()
+            or place.parts[0] in ours
+            or path.name.endswith((".safetensors", ".safetensors.index.json"))
+        ):
+            continue
+        if place == Path(CARD_NAME) and not _is_own_card(repo):
+            continue
+        target = folder / place
+        if place == Path(CARD_NAME) or not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def push_folder(
@@ -61,12 +81,17 @@ def push_folder(
 
 def _address_card(folder: Path, repo_id: str) -> None:
     """Name the Hub repo in the card, unless its owner has written another card."""
-    config, path = repo_config(folder), folder / CARD_NAME
-    layout = str(layout_of(folder))
+    if not _is_own_card(folder):
+        card = make_card(repo_config(folder), repo_id, str(layout_of(folder)))
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def _is_own_card(folder: Path) -> bool:
+    """Whether the card is not the one this package has written."""
+    path = folder / CARD_NAME
     card = path.read_text(encoding="utf-8") if path.exists() else ""
     named = re.search(r'from_pretrained\((?:base, )?"(.+?)"\)', card)
-    if not card or (named and card == make_card(config, named[1], layout)):
-        path.write_text(make_card(config, repo_id, layout), encoding="utf-8")
+    return bool(card) and not (named and card == make_card(repo_config(folder), named[1], str(layout_of(folder))))
 
 
 def push_model(

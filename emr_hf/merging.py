@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,12 @@ from tqdm.auto import tqdm
 
 from . import bits, election
 from .adapters.export import save_adapters
-from .adapters.ia3 import VectorCheckpoint
 from .checking import check
-from .checkpoint import Checkpoint
 from .configuration import EMRConfig, task_entry
 from .election import Sums
 from .errors import NonFiniteError
 from .heads import auto_map, wrapper_name
-from .hub import write_repo_files
+from .hub import carry_files, write_repo_files
 from .plan import Plan, dtype_name
 from .recipe import Recipe
 from .repo import (
@@ -94,20 +92,31 @@ def merge_recipe(
     return run(check(recipe, out, overwrite, save_as), out, overwrite=overwrite, progress=progress)
 
 
-@torch.no_grad()
 def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: bool | None = None) -> MergeReport:
     """Carry out a plan of [`check`]; see [`merge`]."""
+    return write_repo(plan, out, overwrite, lambda writer: elect(plan, writer, progress))
+
+
+@torch.no_grad()
+def write_repo(
+    plan: Plan, out: str | Path, overwrite: bool, fill: Callable[[WeightsWriter], MergeReport]
+) -> MergeReport:
+    """Write a repo.
+
+    Args:
+        plan: what it holds.
+        out, overwrite: as for [`merge`].
+        fill: writes unified vector and masks; returns the report, of which the rescalers are written.
+    """
     started = time.perf_counter()
     with atomic_folder(Path(out), overwrite) as folder:
         for checkpoint in (plan.base, *plan.finetunes.values()):
             checkpoint.scratch = folder
             checkpoint.check_tied()
         writer = WeightsWriter(folder, plan.outputs, plan.recipe.max_shard_size, plan.save_as)
-        with election.one_torch_thread():
-            sums, tau_rounding = _write_merged(plan, writer, progress)
+        report = fill(writer)
         _write_private(plan, writer)
         _write_kept(plan, writer)
-        report = _report(plan, sums, tau_rounding)
         for task, key in plan.task_keys.items():
             writer.view(rescaler_name(key)).fill_(report.tasks[task].rescaler)
         writer.close()
@@ -118,7 +127,16 @@ def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: bool 
         else:
             save_adapters(folder, config, _base_location(plan))
         write_repo_files(folder, config, Path(out).name)
+        if plan.repo is not None:
+            carry_files(plan.repo, folder)
     return report
+
+
+def elect(plan: Plan, writer: WeightsWriter, progress: bool | None) -> MergeReport:
+    """Elect the merged tensors into the files of a repo."""
+    with election.one_torch_thread():
+        sums, tau_rounding = _write_merged(plan, writer, progress)
+    return _report(plan, sums, tau_rounding)
 
 
 def _base_location(plan: Plan) -> tuple[str, str | None]:
@@ -156,7 +174,7 @@ def _write_tensor(plan: Plan, writer: WeightsWriter, name: str) -> Iterator[elec
     tau_out = writer.view(tau_name(name)).view(-1)
     base_out = writer.view(model_name(name)).view(-1) if plan.save_as == "model" else None
     mask_outs = [writer.view(mask_name(key, name)) for key in plan.task_keys.values()]
-    finetunes = [checkpoint.read(name) for checkpoint in plan.finetunes.values()]
+    finetunes = [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
     # Task vectors are differences from the base as it is stored: what they are added to again.
     base = plan.base.read(name).to(plan.stored_dtype(name))
     tau_dtype = election.TAU_DTYPES[plan.recipe.tau_dtype]
@@ -202,7 +220,6 @@ def _report(plan: Plan, sums: Mapping[str, list[Sums]], tau_rounding: float) -> 
         bytes_out=plan.bytes_out,
         bytes_finetunes=plan.bytes_finetunes,
         bytes_modulators=plan.bytes_modulators,
-        adapters=plan.adapters,
         seconds=0.0,
         warnings=list(plan.warnings),
     )
@@ -218,6 +235,9 @@ def _report(plan: Plan, sums: Mapping[str, list[Sums]], tau_rounding: float) -> 
             private_elements=sum(checkpoint.infos[name].numel for name in plan.private),
             source=checkpoint.source.name,
             revision=checkpoint.source.revision,
+            length=total.square_tau**0.5,
+            nbytes=checkpoint.nbytes,
+            adapter=checkpoint.source.adapter is not None,
         )
     report.warnings += _suspicious(plan, {task: Sums.total(parts) for task, parts in sums.items()})
     return report
@@ -257,7 +277,7 @@ def _dominating(totals: Mapping[str, Sums], times: float = 4.0) -> list[str]:
 def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
     """The repo's configuration; writes the tokenizers and generation settings that it names."""
     tokenizers = _copy_tokenizers(plan, folder)
-    generation = {task: _generation_settings(plan, checkpoint.source) for task, checkpoint in plan.finetunes.items()}
+    generation = {task: _generation_settings(plan, task) for task in plan.tasks}
     if (settings := generation[plan.default_task]) is not None:
         (folder / GENERATION_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     differ = any(settings != generation[plan.default_task] for settings in generation.values())
@@ -266,14 +286,16 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
         source = plan.finetunes[task].source
         tasks[task] = task_entry(
             source.config,
-            key=key,
-            index=index,
-            private={name: _spec(plan, key, name) for name in plan.private},
-            source=source.name,
-            revision=source.revision,
-            tokenizer=tokenizers[task],
-            generation_config=(generation[task] or {}) if differ else None,
-            **_adapter_entry(plan.finetunes[task]),
+            **{
+                **plan.finetunes[task].extras(),
+                "key": key,
+                "index": index,
+                "private": {name: _spec(plan, key, name) for name in plan.private},
+                "source": source.name,
+                "revision": source.revision,
+                "tokenizer": tokenizers[task],
+                "generation_config": (generation[task] or {}) if differ else None,
+            },
         )
     base_config = type(plan.config).from_dict(plan.config.to_dict())
     base_config.dtype = plan.dtype
@@ -297,19 +319,21 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
     )
 
 
-def _adapter_entry(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What it takes to write a task as an (IA)³ adapter again."""
-    if not isinstance(checkpoint, VectorCheckpoint):
-        return {}
-    return {"adapter": checkpoint.settings, "vectors": sorted(checkpoint.vectors)}
+def _generation_settings(plan: Plan, task: str) -> dict[str, Any] | None:
+    """The task's own, an adapter's being those of its base; what a repo records of a task is what it is."""
+    checkpoint = plan.finetunes[task]
+    if "generation_config" in (known := checkpoint.extras()):
+        return known["generation_config"]
+    own = _stored_generation_settings(checkpoint.source)
+    return (
+        own if own is not None or checkpoint.source.adapter is None else _stored_generation_settings(plan.base.source)
+    )
 
 
-def _generation_settings(plan: Plan, source: Source) -> dict[str, Any] | None:
+def _stored_generation_settings(source: Source) -> dict[str, Any] | None:
     if source.model is not None:
         return source.model.generation_config.to_diff_dict() if source.model.can_generate() else None
     path = source.folder / GENERATION_CONFIG if source.folder else None
-    if source.adapter is not None and not (path and path.is_file()):
-        return _generation_settings(plan, plan.base.source)
     return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Plan:
         merged: names that are merged, in the model's order.
         private: name -> why it is kept for each task by itself.
         kept: names of the tensors that no finetune touches: they stay the base's.
+        repo: folder of the repo that the plan changes; `None` for a first merge.
         dtypes: name -> dtype of the base's tensor in the repo, or when the base is loaded beside it.
         skipped: (checkpoint, stored name, why) of every stored tensor that is not used.
         outputs: name in the repo -> shape and dtype.
@@ -52,6 +54,7 @@ class Plan:
     merged: list[str] = field(default_factory=list)
     private: dict[str, str] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
+    repo: Path | None = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     outputs: dict[str, TensorInfo] = field(default_factory=dict)
@@ -86,11 +89,6 @@ class Plan:
     def bytes_modulators(self) -> int:
         """Bytes of everything that is written beside the base."""
         return sum(info.nbytes for name, info in self.outputs.items() if part_of(name) != "base")
-
-    @property
-    def adapters(self) -> int:
-        """How many of the finetunes are adapters."""
-        return sum(checkpoint.source.adapter is not None for checkpoint in self.finetunes.values())
 
     @property
     def memory(self) -> int:

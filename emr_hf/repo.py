@@ -26,6 +26,7 @@ from transformers.utils import (
 )
 
 from .errors import CheckpointError, OptionError, RepoError, one_line
+from .sources import HUB_ERRORS
 from .storage import Storage, TensorInfo, open_adapter, open_folder, reserve
 
 FORMAT_VERSION = 2
@@ -350,6 +351,22 @@ def copy_side_files(folder: Path, out: Path) -> list[str]:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, out / name)
     return names
+
+
+def fetch_repo(repo: str | Path) -> Path:
+    """The folder of a merged repo, downloaded if it is on the Hub.
+
+    Raises:
+        RepoError: it is neither.
+    """
+    folder = Path(repo)
+    if not folder.exists():
+        try:
+            folder = Path(snapshot_download(str(repo)))
+        except HUB_ERRORS as error:
+            raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from None
+    open_repo(folder)
+    return folder
 
 
 def side_files_of(repo: str | Path) -> Path:

@@ -22,6 +22,11 @@ class TaskReport:
         private_elements: elements kept for this task by itself.
         source: Hub id, folder or class name.
         revision: commit of the source, for a Hub id.
+        length: ||tau_t||.
+        nbytes: weights of the finetune by itself.
+        adapter: whether it is a PEFT adapter.
+        lost: of a task that was there when another was added: at most how far its rebuilt task vector has moved since,
+            relative to `length`. `relative_error`, `cosine` and `sign_conflict` are then those of its first merge.
     """
 
     rescaler: float
@@ -32,6 +37,10 @@ class TaskReport:
     private_elements: int
     source: str
     revision: str | None = None
+    length: float | None = None
+    nbytes: int = 0
+    adapter: bool = False
+    lost: float | None = None
 
 
 @dataclass
@@ -48,7 +57,6 @@ class MergeReport:
         bytes_out: weights of the repo.
         bytes_finetunes: weights of the finetunes by themselves.
         bytes_modulators: of the repo's weights, what is not the base.
-        adapters: how many of the finetunes are adapters.
         seconds: wall time.
         tasks: task -> its numbers.
         warnings: what the user should know.
@@ -66,7 +74,6 @@ class MergeReport:
     bytes_finetunes: int
     seconds: float
     bytes_modulators: int = 0
-    adapters: int = 0
     tasks: dict[str, TaskReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -83,7 +90,7 @@ class MergeReport:
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """The per-task table: header and rows of text."""
         header = ["task", "lambda", "mask density", "relative L2 error", "cosine", "sign conflict"]
-        return header, [
+        rows = [
             [
                 task,
                 f"{t.rescaler:.4f}",
@@ -91,6 +98,11 @@ class MergeReport:
             ]
             for task, t in self.tasks.items()
         ]
+        if any(t.lost is not None for t in self.tasks.values()):
+            header.append("lost since")
+            for row, t in zip(rows, self.tasks.values()):
+                row.append("" if t.lost is None else f"{t.lost:.3f}")
+        return header, rows
 
     def __str__(self) -> str:
         lines = [
@@ -106,7 +118,8 @@ class MergeReport:
 
     def summary(self) -> str:
         """One sentence on size, and one on what a narrow `tau_dtype` cost."""
-        text = self._adapters_size() if self.adapters == len(self.tasks) else self._finetunes_size()
+        only_adapters = all(numbers.adapter for numbers in self.tasks.values())
+        text = self._adapters_size() if only_adapters else self._finetunes_size()
         if self.tau_rounding:
             text += f" Storing tau in {self.tau_dtype} changed it by {self.tau_rounding:.1e} (relative L2)."
         return text
@@ -122,8 +135,8 @@ class MergeReport:
         ours, theirs = human(self.bytes_modulators), human(self.bytes_finetunes)
         text = f"{human(self.bytes_out)} on disk; beside the base, vector, masks and heads take {ours}"
         if self.bytes_modulators > self.bytes_finetunes:
-            return f"{text}. The {self.adapters} adapters by themselves are SMALLER: {theirs}."
-        return f"{text}, the {self.adapters} adapters by themselves {theirs}."
+            return f"{text}. The {len(self.tasks)} adapters by themselves are SMALLER: {theirs}."
+        return f"{text}, the {len(self.tasks)} adapters by themselves {theirs}."
 
 
 def human(size: float) -> str:

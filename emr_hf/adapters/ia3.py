@@ -26,11 +26,11 @@ from .layers import ADAPTER, adapted_layers, inject, plain_name
 VECTOR = ".ia3_l."
 
 
-def common_settings(finetunes: Sequence[AdapterCheckpoint]) -> dict[str, Any] | None:
-    """Settings of one (IA)³ adapter that has the vectors of all; `None` if they scale one module in different ways."""
+def common_settings(models: Sequence[nn.Module]) -> dict[str, Any] | None:
+    """Settings of one (IA)³ adapter with the vectors of all; `None` if models scale a module in different ways."""
     feedforward: dict[str, bool] = {}
-    for finetune in finetunes:
-        for path, layer in adapted_layers(finetune.model):
+    for model in models:
+        for path, layer in adapted_layers(model):
             if feedforward.setdefault(path, bool(layer.is_feedforward)) != layer.is_feedforward:
                 return None
     return {
@@ -98,15 +98,10 @@ class VectorCheckpoint(Checkpoint):
         self.infos = {name: checkpoint.infos[plain] for name, plain in self._plain.items()}
         self.infos |= {name: TensorInfo(shape, torch.float32) for name, shape in self._vectors.items()}
 
-    @property
-    def settings(self) -> dict[str, Any] | None:
-        """The adapter's own."""
-        return self.source.adapter.settings if self.source.adapter is not None else None
-
-    @property
-    def vectors(self) -> Collection[str]:
-        """Names of the vectors that the adapter has."""
-        return self._stored.keys()
+    def extras(self) -> dict[str, Any]:
+        """What it takes to write the task as an (IA)³ adapter again."""
+        adapter = self.source.adapter
+        return {} if adapter is None else {"adapter": adapter.settings, "vectors": sorted(self._stored)}
 
     @property
     def touched(self) -> Collection[str]:
