@@ -3,6 +3,7 @@
 from transformers.utils import is_peft_available
 
 from . import auto, pipelines
+from .adapters.lora import LoraReport
 from .auto import HEAD_CLASSES
 from .checking import check
 from .configuration import EMRConfig
@@ -56,6 +57,7 @@ __all__ = [
     "EMRTextClassificationPipeline",
     "EMRTokenClassificationPipeline",
     "Inspection",
+    "LoraReport",
     "Merge",
     "MergeReport",
     "MismatchError",

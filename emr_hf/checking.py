@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,18 @@ def _open_inputs(recipe: Recipe) -> tuple[Source, dict[str, Source]]:
     if base is None and not adapters:
         raise RecipeError("the field 'base' is missing: only adapters name the model that they were made of")
     base = base or binding.open_base(adapters)
-    return base, {task: bound(finetune, base) for task, finetune in inputs.items()}
+    sources = {task: bound(finetune, base) for task, finetune in inputs.items()}
+    for task, names in recipe.labels.items():
+        _name_labels(sources[task], names)
+    return base, sources
+
+
+def _name_labels(source: Source, names: Sequence[str]) -> None:
+    if len(names) != source.config.num_labels:
+        raise MismatchError(f"{source.label}: has {source.config.num_labels} labels, the recipe names {len(names)}")
+    source.config = deepcopy(source.config)  # a loaded model keeps its own
+    source.config.id2label = dict(enumerate(names))
+    source.config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def bound(finetune: Source | Adapter, base: Source) -> Source:

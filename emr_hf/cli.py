@@ -69,8 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_format(sub)
     sub = verb("inspect", _inspect, "print what a merged repo holds", "repo")
     _add_format(sub)
-    sub = verb("export", _export, "write one task as a checkpoint that transformers loads by itself", "repo", "out")
+    sub = verb("export", _export, "write one task so that transformers or PEFT loads it by itself", "repo", "out")
     sub.add_argument("--task", required=True, help="the task")
+    sub.add_argument(
+        "--as",
+        dest="save_as",
+        choices=("model", "lora", "ia3"),
+        default="model",
+        help="a plain checkpoint, a LoRA by truncated SVD, or an (IA)³ adapter (default: %(default)s)",
+    )
+    sub.add_argument("--rank", type=int, help="of the LoRA")
     sub.add_argument("--max-shard-size", default="5GB", help="of one file (default: %(default)s)")
     sub = verb("push", _push, "upload a merged repo to the Hub", "folder", "repo_id")
     sub.add_argument("--private", action="store_true", default=None, help="make a new repo private")
@@ -150,7 +158,16 @@ def _inspect(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from . import export
 
-    export(options.repo, options.task, options.out, max_shard_size=options.max_shard_size)
+    report = export(
+        options.repo,
+        options.task,
+        options.out,
+        save_as=options.save_as,
+        rank=options.rank,
+        max_shard_size=options.max_shard_size,
+    )
+    if report is not None:
+        print(report, file=sys.stderr)
     print(options.out)
 
 

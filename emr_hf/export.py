@@ -1,41 +1,91 @@
-"""One task of a merged repo as a plain checkpoint."""
+"""One task of a merged repo as a plain checkpoint or as an ordinary adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from .errors import RepoError, one_line
+from transformers import PreTrainedModel
+
+from .adapters.export import task_type, write_ia3
+from .adapters.lora import LoraReport, check_rank, write_lora
+from .checkpoint import model_class_of
+from .errors import OptionError
+from .finished import FinishedRepo
 from .modeling import EMRMergedModel
-from .repo import atomic_folder, copy_side_files, open_repo, parse_size, side_files_of
+from .repo import atomic_folder, copy_side_files, parse_size
+
+FORMS = ("model", "lora", "ia3")
 
 
-def export(repo: str | Path, task: str, out: str | Path, *, max_shard_size: str | int = "5GB") -> None:
-    """Write one task as a checkpoint that transformers loads without emr_hf, equal to the live model bit for bit.
+def export(
+    repo: str | Path,
+    task: str,
+    out: str | Path,
+    *,
+    save_as: str = "model",
+    rank: int | None = None,
+    max_shard_size: str | int = "5GB",
+) -> LoraReport | None:
+    """Write one task so that transformers or PEFT loads it without emr_hf.
 
     Args:
-        repo: a merged repo, a folder or a Hub id.
+        repo: a merged repo of either layout, a folder or a Hub id.
         task: one of its tasks.
         out: a new folder, which appears complete or not at all.
-        max_shard_size (*optional*, defaults to `"5GB"`): of one file.
+        save_as (*optional*, defaults to `"model"`): `"model"`, a checkpoint equal to the live model bit for bit;
+            `"lora"`, a LoRA of the given rank by truncated SVD, an approximation; `"ia3"`, where (IA)³ adapters were
+            merged, an (IA)³ adapter.
+        rank (*optional*): of the LoRA.
+        max_shard_size (*optional*, defaults to `"5GB"`): of one file of a checkpoint.
+
+    Returns:
+        what a LoRA keeps of the task; nothing for the others, which are exact.
 
     Raises:
         UnknownTaskError: with the nearest names.
+        OptionError: an unknown form, a LoRA without rank, or a form that the repo cannot take.
         RepoError: `out` exists.
     """
     shard_bytes = parse_size(max_shard_size)
-    model = load_repo(repo, emr_task=task)
+    if save_as not in FORMS:
+        raise OptionError(f"save_as={save_as!r} is unknown: expected one of {', '.join(FORMS)}")
+    if (rank is not None) != (save_as == "lora"):
+        raise OptionError(f"save_as={save_as!r}, rank={rank!r}: a LoRA needs a rank, and nothing else has one")
+    finished = FinishedRepo(repo)
+    entry = finished.config.entry(task)
     with atomic_folder(Path(out)) as folder:
-        tokenizer = model.config.entry(task)["tokenizer"] or ""
-        model.merge_and_unload(task).save_pretrained(folder, max_shard_size=shard_bytes)
-        copy_side_files(side_files_of(repo) / tokenizer, folder)
+        report = None
+        if save_as == "model":
+            _plain_model(finished, task).save_pretrained(folder, max_shard_size=shard_bytes)
+        elif save_as == "lora":
+            report = write_lora(finished, task, folder, check_rank(rank))
+        else:
+            _write_ia3(finished, task, folder)
+        copy_side_files(finished.folder / (entry["tokenizer"] or ""), folder)
+    return report
 
 
-def load_repo(repo: str | Path, **kwargs: Any) -> EMRMergedModel:
-    """[`EMRMergedModel.from_pretrained`], with one clear error for what is no merged repo."""
-    if Path(repo).exists():
-        open_repo(Path(repo))
-    try:
-        return EMRMergedModel.from_pretrained(repo, **kwargs)
-    except (OSError, ValueError) as error:
-        raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from error
+def _plain_model(repo: FinishedRepo, task: str) -> PreTrainedModel:
+    """The task as a model without anything of ours, or of PEFT's."""
+    if repo.layout == "model":
+        return EMRMergedModel.from_pretrained(repo.folder, emr_task=task).merge_and_unload(task)
+    from peft import PeftModel
+
+    base_class = model_class_of(str(repo.config.base_architecture))
+    base = base_class.from_pretrained(repo.base_place, revision=repo.base_revision or "main")
+    model = PeftModel.from_pretrained(base, str(repo.folder))
+    model.set_task(task)
+    return model.merge_and_unload()
+
+
+def _write_ia3(repo: FinishedRepo, task: str, folder: Path) -> None:
+    if repo.config.vectors is None:
+        raise OptionError(
+            f"{repo.folder} merges weights, of which none are (IA)³ vectors: use --as lora or --as model"
+        )
+    settings = {
+        "base_model_name_or_path": repo.base_place,
+        "revision": repo.base_revision,
+        "task_type": task_type(repo.config),
+    }
+    write_ia3(repo.config, repo.storage, task, folder, settings)

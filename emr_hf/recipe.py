@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Recipe:
         default_task (*optional*): active after loading; the first one by default.
         private (*optional*): regular expressions; parameters they match are not merged but kept for each task.
         max_shard_size (*optional*, defaults to `"5GB"`): of one file of the repo.
+        labels (*optional*): task -> names of its labels, in order, where the finetune does not tell,
+            as an adapter does not.
 
     Raises:
         OptionError: the field that is wrong, what was expected and what came.
@@ -43,6 +45,7 @@ class Recipe:
     default_task: str | None = None
     private: str | Sequence[str] = ()
     max_shard_size: str | int = "5GB"
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.finetunes, Mapping) or not self.finetunes:
@@ -55,6 +58,7 @@ class Recipe:
             _check_choice("default_task", self.default_task, self.finetunes)
         object.__setattr__(self, "private", _patterns(self.private))
         parse_size(self.max_shard_size)
+        _check_labels(self.labels, self.finetunes)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -108,6 +112,16 @@ def _check_task_name(task: object) -> None:
 def _check_choice(name: str, value: object, choices: Any) -> None:
     if not isinstance(value, str) or value not in choices:
         raise OptionError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}")
+
+
+def _check_labels(labels: object, tasks: Mapping[str, Any]) -> None:
+    if not isinstance(labels, Mapping):
+        raise OptionError(f"labels={labels!r}: expected a mapping of tasks to lists of names")
+    for task, names in labels.items():
+        _check_choice("labels", task, tasks)
+        right = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names)
+        if not right or not names:
+            raise OptionError(f"labels: {task}: expected a list of names, got {names!r}")
 
 
 def _patterns(private: object) -> tuple[str, ...]:

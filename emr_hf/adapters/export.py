@@ -76,7 +76,7 @@ def write_ia3(config: EMRConfig, storage: Storage, task: str, folder: Path, sett
             tensors[PREFIX + name.removesuffix(f".{ADAPTER}")] = vector
     for name in entry["private"]:
         tensors[PREFIX + name] = storage.read(private_name(key, name))
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     text = json.dumps({**own, **settings, "inference_mode": True}, indent=2, sort_keys=True)
     (folder / ADAPTER_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
