@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -257,14 +257,19 @@ def chunk_size(tasks: int) -> int:
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Elect on one thread: chunks are too small to share, and waiting for a busy core costs many times the work."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch work on so many threads inside the block."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def one_torch_thread() -> AbstractContextManager[None]:
+    """Elect on one thread: chunks are too small to share, and waiting for a busy core costs many times the work."""
+    return torch_threads(1)
 
 
 def elect_tensor(

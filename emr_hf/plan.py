@@ -119,6 +119,12 @@ class Plan:
             f"disk     {human(self.bytes_out)} out, {human(self.bytes_in)} in "
             f"({len(self.finetunes)} finetunes: {human(self.bytes_finetunes)})"
         )
+        adapters = all(checkpoint.source.adapter is not None for checkpoint in self.finetunes.values())
+        if adapters and self.bytes_modulators > self.bytes_finetunes:
+            lines.append(
+                f"note     the adapters by themselves are SMALLER than what is written beside the base "
+                f"({human(self.bytes_modulators)})"
+            )
         lines.append(f"memory   about {human(self.memory)} of tensors, whatever the number and size of the models")
         return "\n".join(lines)
 

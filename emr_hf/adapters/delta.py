@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import Checkpoint, spill
+from ..election import torch_threads
 from ..errors import CheckpointError, MismatchError, nearest, one_line
 from ..sources import Source
 from ..storage import TensorInfo
@@ -35,6 +36,8 @@ class AdapterCheckpoint(Checkpoint):
         assert source.adapter is not None
         self.source, self._base = source, base
         self.scratch: Path | None = None
+        # PEFT's own merge runs on these, and a convolution's last bit depends on them.
+        self._threads = torch.get_num_threads()
         self.unexpected: list[str] = []
         self.model, self._config = injected_copy(source, skeleton)
         self._whole: dict[str, str] = {}  # name in memory -> stored name
@@ -63,6 +66,8 @@ class AdapterCheckpoint(Checkpoint):
         in_layers = names_in_layers(self.model, self._config, [name.removeprefix(PREFIX) for name in infos])
         for stored, info in infos.items():
             name = plain_name(stored.removeprefix(PREFIX))
+            if name in places and "original_module" in stored:
+                continue  # saved with all biases, but of a module that the adapter has replaced
             if name in places:
                 self._whole[name] = stored
             elif stored not in expected:
@@ -124,7 +129,8 @@ class AdapterCheckpoint(Checkpoint):
         values = {name: self._value(path, name) for name in layer.state_dict()}
         layer.load_state_dict(values, assign=True)
         try:
-            module: nn.Module = merged(layer)
+            with torch_threads(self._threads):
+                module: nn.Module = merged(layer)
         except Exception as error:  # whatever PEFT raises, the adapter cannot be merged
             raise CheckpointError(f"{self.source.label}: PEFT cannot merge {path}: {one_line(error)}") from error
         found = {f"{path}.{name}": value.detach() for name, value in module.named_parameters()}
@@ -152,5 +158,8 @@ def injected_copy(source: Source, skeleton: PreTrainedModel) -> tuple[PreTrained
     try:
         return model, inject(model, source.adapter.settings)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        what = f"{source.label}: {source.name} does not fit {type(model).__name__}"
-        raise CheckpointError(f"{what}: {one_line(error)}") from error
+        targets = source.adapter.settings.get("target_modules")
+        raise CheckpointError(
+            f"{source.label}: {source.name}, with target_modules {targets}, does not fit {type(model).__name__}: "
+            f"{one_line(error)}"
+        ) from error

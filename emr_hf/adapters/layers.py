@@ -85,7 +85,7 @@ def touched_parameters(layer: nn.Module) -> list[str]:
 
 def plain_name(name: str) -> str:
     """A parameter's name without what PEFT inserts into it."""
-    infixes = ("base_layer", "original_module", "token_adapter")
+    infixes = ("base_layer", "original_module", "modules_to_save", "token_adapter")
     return ".".join(part for part in name.split(".") if part not in infixes)
 
 
