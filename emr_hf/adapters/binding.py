@@ -18,6 +18,7 @@ from ..checkpoint import build_skeleton, is_head
 from ..errors import CheckpointError, MismatchError, one_line
 from ..sources import HUB_ERRORS, Adapter, Reference, Source, commit_of, open_source, read_config
 from ..storage import MODEL_WEIGHTS
+from .layers import require_peft
 
 SUPPORTED = ("LORA", "IA3")
 
@@ -104,6 +105,7 @@ def bind(adapter: Adapter, base: Source) -> Source:
         CheckpointError: a kind of adapter that cannot be merged.
         MismatchError: another base, or another revision of it.
     """
+    require_peft()
     check_kind(adapter)
     _check_base(adapter, base)
     config = deepcopy(base.config)
