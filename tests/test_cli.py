@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import emr_hf
 from emr_hf import cli
+from tests import adapters, tiny
 
 
 @pytest.fixture
@@ -108,6 +109,58 @@ def test_export_prints_the_folder(run, bert_repo, tmp_path):
     assert (result.status, result.out) == (0, f"{tmp_path / 'plain'}\n")
     assert (tmp_path / "plain" / "model.safetensors.index.json").exists()
     transformers.BertForSequenceClassification.from_pretrained(tmp_path / "plain")
+
+
+@pytest.fixture(scope="module")
+def adapter_repo(tmp_path_factory):
+    """(IA)³ adapters merged into an adapter, and the recipe of it, which names no base."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = adapters.write_base(tiny.BERT, folder / "base")
+    lines = []
+    for seed, task in enumerate(("sst2", "mnli")):
+        settings = {**adapters.BERT_IA3, "task_type": "SEQ_CLS"}
+        adapters.write_adapter(folder / task, tiny.BERT.architecture, base, settings, seed, "IA3")
+        lines.append(f"  {task}: ./{task}\n")
+    (folder / "recipe.yaml").write_text("tasks:\n" + "".join(lines))
+    assert cli.main(["merge", str(folder / "recipe.yaml"), str(folder / "out"), "--as", "peft"]) == 0
+    return folder / "out"
+
+
+def test_adapters_are_merged_into_an_adapter(run, adapter_repo, tmp_path):
+    result = run("check", adapter_repo.parent / "recipe.yaml", tmp_path / "out", "--as", "peft")
+    assert result.status == 0 and "(IA)³ vectors" in result.out
+    names = {path.name for path in adapter_repo.iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "adapters", "emr_report.json"}
+    assert {path.name for path in (adapter_repo / "adapters").iterdir()} == {"sst2", "mnli"}
+    result = run("inspect", adapter_repo)
+    assert result.status == 0 and "base 0 B" in result.out and "sst2" in result.out
+    card = (adapter_repo / "README.md").read_text()
+    assert "library_name: peft" in card and "PeftModel.from_pretrained(base" in card
+
+
+def test_a_task_is_exported_in_each_form(run, adapter_repo, bert_repo, tmp_path):
+    result = run("export", adapter_repo, tmp_path / "ia3", "--task", "mnli", "--as", "ia3")
+    assert (result.status, result.out) == (0, f"{tmp_path / 'ia3'}\n")
+    result = run("export", bert_repo, tmp_path / "lora", "--task", "items", "--as", "lora", "--rank", "4")
+    assert (result.status, result.out) == (0, f"{tmp_path / 'lora'}\n")
+    assert "relative L2 error" in result.err and "left out" in result.err
+    assert run("export", adapter_repo, tmp_path / "plain", "--task", "sst2").status == 0
+    assert_one_line_error(run("export", bert_repo, tmp_path / "x", "--task", "items", "--as", "lora"), "rank")
+    assert_one_line_error(run("export", bert_repo, tmp_path / "x", "--task", "items", "--as", "ia3"), "vectors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ia3", "lora", "plain"]
+
+
+def test_tasks_are_added_and_removed(run, bert_repo, bert_inputs, tmp_path):
+    out = tmp_path / "out"
+    finetune = bert_inputs.finetunes["items"]
+    result = run("add", bert_repo, "again", finetune, out)
+    assert result.status == 0 and "lost since" in result.out
+    assert_one_line_error(run("add", bert_repo, "items", finetune, tmp_path / "x"), "'items'")
+    assert_one_line_error(run("remove", out, "again", out), "--overwrite")
+    result = run("remove", out, "again", out, "--overwrite", "--format", "json")
+    assert result.status == 0
+    assert list(json.loads(result.out)["tasks"]) == list(bert_inputs.finetunes)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_push_prints_where_to(run, bert_repo, tmp_path, monkeypatch):

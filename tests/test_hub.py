@@ -192,3 +192,12 @@ def test_a_merged_folder_has_a_card_already(bert_repo):
     card = ModelCard.load(bert_repo / "README.md")
     assert card.data.base_model_relation == "merge"
     assert str(bert_repo) not in card.text
+
+
+def test_a_merge_without_its_base_is_pushed_with_a_card_for_peft(hub, bert_inputs, tmp_path):
+    emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "out", save_as="peft")
+    emr_hf.push_folder(tmp_path / "out", "me/bert-emr")
+    assert {*hub[-1].files} >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert hub.card().data.library_name == "peft"
+    assert 'PeftModel.from_pretrained(base, "me/bert-emr")' in hub.card().text
+    assert yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])["tags"][0] == "merge"

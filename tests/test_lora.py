@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -10,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import emr_hf
-from emr_hf import checking
+from emr_hf import checking, sources
 from tests import adapters, tiny
 from tests.adapters import BERT_LORA
 from tests.test_merging import load_folder
-from tests.test_sources import copy_of, edit_json
+from tests.test_sources import COMMIT, FakeHub, copy_of, edit_json
 
 SEQ_CLS = {"task_type": "SEQ_CLS"}
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -270,6 +271,61 @@ def test_a_name_from_another_machine_is_compared_by_its_last_part(bert, tmp_path
     edit_json(moved / "adapter_config.json", base_model_name_or_path="/home/somebody/models/large")
     with pytest.raises(emr_hf.MismatchError, match="models/large"):
         emr_hf.check(emr_hf.Recipe(bert.base, {"a": moved}))
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(bert, tmp_path, monkeypatch):
+    """Base and adapters on a Hub, the adapters trained on the base there."""
+    repos = {"google/tiny-bert": bert.base}
+    for task, folder in bert.finetunes.items():
+        repos[f"me/{task}"] = copy_of(folder, tmp_path / "hub" / task)
+        edit_json(repos[f"me/{task}"] / "adapter_config.json", base_model_name_or_path="google/tiny-bert")
+    hub = FakeHub(repos)
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "HfApi", hub)
+    monkeypatch.setattr(sources, "snapshot_download", hub.snapshot_download)
+    return hub
+
+
+def test_adapters_on_the_hub_give_the_same_bits_as_folders(hub, bert, tmp_path):
+    emr_hf.merge(None, {"a": "me/a", "b": "me/b@v2"}, tmp_path / "out")
+    emr_hf.merge(None, bert.finetunes, tmp_path / "folders")
+    one, other = load_folder(tmp_path / "out"), load_folder(tmp_path / "folders")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    config = emr_hf.EMRConfig.from_pretrained(tmp_path / "out")
+    assert (config.base_model_name_or_path, config.base_revision) == ("google/tiny-bert", COMMIT)
+    assert {entry["revision"] for entry in config.tasks.values()} == {COMMIT}
+    emr_hf.merge(None, {"a": "me/a"}, tmp_path / "peft", save_as="peft")
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("google/tiny-bert", COMMIT)
+
+
+def test_a_whole_model_with_an_adapter_beside_it_is_a_whole_model(hub, bert, tmp_path):
+    hub.repos["me/both"] = copy_of(bert.base, tmp_path / "both")
+    (hub.repos["me/both"] / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert isinstance(sources.open_input("me/both", "x"), sources.Source)
+    assert isinstance(sources.open_input(hub.repos["me/both"], "x"), sources.Source)
+
+
+def test_another_revision_of_the_base_is_refused(hub, monkeypatch):
+    edit_json(hub.repos["me/a"] / "adapter_config.json", revision="v1")
+    found = {"v1": "1" * 40, None: "2" * 40}
+    monkeypatch.setattr(hub, "model_info", lambda _, revision=None: SimpleNamespace(sha=found.get(revision, "3" * 40)))
+    with pytest.raises(emr_hf.MismatchError, match="a: was trained on revision v1 .*google/tiny-bert@v1"):
+        emr_hf.check(emr_hf.Recipe("google/tiny-bert", {"a": "me/a"}))
+    assert emr_hf.check(emr_hf.Recipe("google/tiny-bert@v1", {"a": "me/a"})).base.source.revision == "1" * 40
+    assert emr_hf.check(emr_hf.Recipe(None, {"a": "me/a"})).base.source.revision == "1" * 40
+
+
+def test_another_base_on_the_hub_is_refused(hub, bert):
+    hub.repos["somebody/tiny-bert"] = bert.base
+    with pytest.raises(
+        emr_hf.MismatchError, match="a: was trained on google/tiny-bert, the base is somebody/tiny-bert"
+    ):
+        emr_hf.check(emr_hf.Recipe("somebody/tiny-bert", {"a": "me/a"}))
 
 
 # Labels

@@ -265,6 +265,9 @@ class FakeHub:
         self.downloads.append((repo_id, revision, list(allow_patterns)))
         return str(self.folder(repo_id))
 
+    def list_repo_files(self, repo_id, *, revision=None, **kwargs):
+        return [path.name for path in self.folder(repo_id).iterdir()]
+
     def patterns(self):
         return [pattern for _, _, patterns in self.downloads for pattern in patterns]
 
