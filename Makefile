@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROCESSES ?= auto
 
-.PHONY: help demo test quality style clean
+.PHONY: help demo demo-adapters test quality style clean
 help:
-	@echo "make demo     fetch a real encoder and four text tasks, finetune, merge, evaluate (first time: minutes)"
-	@echo "make test     lint, type-check and run the tests"
-	@echo "make style    format the code"
-	@echo "make clean    remove the virtual environment"
+	@echo "make demo            fetch a real encoder and four text tasks, finetune, merge, evaluate (first time: minutes)"
+	@echo "make demo-adapters   the same with LoRA and (IA)3 adapters, beside PEFT's own merges"
+	@echo "make test            lint, type-check and run the tests"
+	@echo "make style           format the code"
+	@echo "make clean           remove the virtual environment"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +19,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/python recipes/demo.py $(DEMO_ARGS)
+
+demo-adapters: $(VENV)/installed
+	$(BIN)/python recipes/demo_adapters.py $(DEMO_ARGS)
 
 test: quality
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(PROCESSES)

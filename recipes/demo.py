@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cache import cache_root, folder_bytes
@@ -37,9 +37,9 @@ Scores = dict[str, dict[str, float]]
 """Method -> task -> accuracy."""
 
 
-def main() -> None:
-    """Run the demo; results go to stdout, everything else to stderr."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_demo(about: str, run: Callable[[bool, bool], None]) -> None:
+    """Run a demo from its command line; results go to stdout, everything else to stderr."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="train on 64 rows for one epoch, test on 100")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args()
@@ -63,22 +63,27 @@ def run(quick: bool, markdown: bool) -> None:
     rows = QUICK_TEST_ROWS if quick else TEST_ROWS
     exams = {name: make_exam(task, rows) for name, task in TASKS.items()}
     out = cache_root() / "merged" / models_folder(quick).name
-    print(emr_hf.merge_recipe(load_recipe(folders), out, overwrite=True), end="\n\n")
+    print(emr_hf.merge_recipe(load_recipe(RECIPE, folders), out, overwrite=True), end="\n\n")
 
     scores = score_finetunes(folders, exams)
     say("measuring the EMR merge")
     merged = AutoModelForSequenceClassification.from_pretrained(out)
     scores["EMR"] = {name: exam.accuracy(merged.set_task(name)) for name, exam in exams.items()}
 
-    print(f"Accuracy on {rows} test rows of each task, with the task's own head:\n")
-    print("\n".join((markdown_table if markdown else table)(*score_table(scores))), end="\n\n")
+    print_scores(scores, rows, markdown)
     print_costs(merged, out, folders)
 
 
-def load_recipe(folders: Mapping[str, Path]) -> emr_hf.Recipe:
-    """Read `text.yaml`, whose paths begin with the cache's, for the models in `folders`."""
+def load_recipe(path: Path, folders: Mapping[str, Path]) -> emr_hf.Recipe:
+    """Read a recipe file, whose paths begin with the cache's, for the models in `folders`."""
     os.environ["EMR_HF_CACHE"] = str(cache_root())
-    return dataclasses.replace(emr_hf.Recipe.load(RECIPE), finetunes=folders)
+    return dataclasses.replace(emr_hf.Recipe.load(path), finetunes=folders)
+
+
+def print_scores(scores: Scores, rows: int, markdown: bool) -> None:
+    """Print the table of accuracies."""
+    print(f"Accuracy on {rows} test rows of each task, with the task's own head:\n")
+    print("\n".join((markdown_table if markdown else table)(*score_table(scores))), end="\n\n")
 
 
 def score_finetunes(folders: Mapping[str, Path], exams: Mapping[str, Exam]) -> Scores:
@@ -138,4 +143,4 @@ def switch_seconds(merged: PreTrainedModel, rounds: int = 5) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_demo(__doc__, run)

@@ -16,16 +16,22 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import yaml
 
+from tests import adapters as tiny_adapters
+from tests import tiny
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
+import adapters as adapter_recipes  # noqa: E402
 import cache  # noqa: E402
 import causal_lm  # noqa: E402
 import demo  # noqa: E402
+import peft_merges  # noqa: E402
 import registry  # noqa: E402
 import text  # noqa: E402
 import text_data  # noqa: E402
@@ -342,12 +348,58 @@ def test_without_head():
     assert demo.without_head(model).keys() == {"bert.weight", "bert.bias"}
 
 
+# Adapters.
+
+
+@pytest.mark.parametrize("kind", adapter_recipes.KINDS.values(), ids=lambda kind: kind.name)
+def test_recipes_of_adapters_name_their_tasks_and_no_base(kind):
+    content = yaml.safe_load((RECIPES / f"{kind.name}.yaml").read_text())
+    os.environ["EMR_HF_CACHE"] = str(cache.cache_root())
+    made = {name: str(adapter_recipes.adapters_folder(kind) / name) for name in text_data.TASKS}
+    assert {name: os.path.expandvars(path) for name, path in content["tasks"].items()} == made
+    assert "base" not in content
+    assert {kind.config(name).task_type for name in text_data.TASKS} == {"SEQ_CLS"}
+
+
+def test_the_loras_have_two_ranks():
+    lora = adapter_recipes.KINDS["lora"]
+    assert {lora.config(name).r for name in text_data.TASKS} == {4, 16}
+
+
+@pytest.fixture
+def small_adapter(tmp_path):
+    """A LoRA with a head, and its base."""
+    base = tiny_adapters.write_base(tiny.BERT, tmp_path / "base")
+    settings = {**tiny_adapters.BERT_LORA, "task_type": "SEQ_CLS"}
+    return base, tiny_adapters.write_adapter(tmp_path / "a", tiny.BERT.architecture, base, settings)
+
+
+def test_zeros_in_the_rank_change_no_adapter(small_adapter, tmp_path):
+    base, folder = small_adapter
+    padded = peft_merges.pad_rank(folder, tmp_path / "padded", 7)
+    one, other = (tiny_adapters.merged_model(f, tiny.BERT.architecture, base).state_dict() for f in (folder, padded))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
+
+
+def test_heads_come_off_and_on_again(small_adapter, tmp_path):
+    base, folder = small_adapter
+    bare = peft_merges.headless(folder, tmp_path / "bare")
+    head = peft_merges._head(folder)
+    whole = peft.PeftModel.from_pretrained(tiny_adapters.load(tiny.BERT.architecture, base), folder).eval()
+    model = peft.PeftModel.from_pretrained(tiny_adapters.load(tiny.BERT.architecture, base), bare).eval()
+    batch = tiny.BERT.inputs()
+    assert not torch.equal(model(**batch).logits, whole(**batch).logits)
+    assert torch.equal(peft_merges._with_head(model, head)(**batch).logits, whole(**batch).logits)
+
+
 @pytest.mark.slow
-def test_demo_runs(tmp_path):
+@pytest.mark.parametrize("name", ["demo", "demo_adapters"])
+def test_demo_runs(name):
     """Downloads 145 MB."""
     done = subprocess.run(
-        [sys.executable, RECIPES / "demo.py", "--quick", "--markdown"], capture_output=True, text=True
+        [sys.executable, RECIPES / f"{name}.py", "--quick", "--markdown"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert all(f"| {name} |" in done.stdout for name in text_data.TASKS)
+    assert all(f"| {task} |" in done.stdout for task in text_data.TASKS)
     assert "EMR keeps" in done.stdout and "Switching" in done.stdout

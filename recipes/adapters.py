@@ -1,0 +1,145 @@
+"""Train PEFT adapters of MiniLM on the text tasks into the cache: what `lora.py` and `ia3.py` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache import build_once, cache_root
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from registry import MINILM, fetch
+from text import QUICK, TRAINING, encode, make_exam, new_classifier
+from text_data import TASKS, TEST_ROWS, TextTask, load_split
+from training import SEED, Workbench, announce, train
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    set_seed,
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter and how it is trained.
+
+    Args:
+        name: of its folder in the cache and of its recipe.
+        learning_rate: far above a full finetune's, as is usual for adapters.
+        epochs: passes over the rows.
+        settings: task -> fields of PEFT's configuration, but for the task type.
+    """
+
+    name: str
+    learning_rate: float
+    epochs: int
+    settings: dict[str, dict[str, Any]]
+
+    def config(self, task: str) -> PeftConfig:
+        """Return the configuration of the adapter for `task`; its type has PEFT save the head too."""
+        config_class = {"lora": LoraConfig, "ia3": IA3Config}[self.name]
+        return config_class(task_type="SEQ_CLS", **self.settings[task])
+
+
+def _lora(rank: int) -> dict[str, Any]:
+    return {"r": rank, "lora_alpha": 2 * rank, "target_modules": ["query", "key", "value", "dense"]}
+
+
+_IA3 = {
+    "target_modules": ["key", "value", "intermediate.dense", "output.dense"],
+    "feedforward_modules": ["output.dense"],
+}
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "lora",
+            learning_rate=1e-3,
+            epochs=3,
+            settings={
+                "newsgroups": _lora(16),
+                "reuters": _lora(16),
+                "tweets": _lora(4),
+                "polarity": _lora(4),
+            },
+        ),
+        Kind("ia3", learning_rate=1e-2, epochs=3, settings=dict.fromkeys(TASKS, _IA3)),
+    )
+}
+"""LoRA of two ranks, and (IA)³."""
+
+
+def adapters_folder(kind: Kind, quick: bool = False) -> Path:
+    """Return the folder with one adapter per task."""
+    return cache_root() / "models" / ("adapters-quick" if quick else "adapters") / kind.name
+
+
+def train_adapter(kind: Kind, task: TextTask, quick: bool = False) -> Path:
+    """Return the folder of the adapter trained on `task`, training it the first time."""
+    settings = training_settings(kind, task, quick)
+    folder = adapters_folder(kind, quick) / task.name
+    return build_once(folder, settings, lambda fresh: _train(kind, task, settings, fresh))
+
+
+def training_settings(kind: Kind, task: TextTask, quick: bool = False) -> dict[str, Any]:
+    """Return everything the adapter depends on, as JSON values."""
+    size = QUICK if quick else {"train_rows": task.train_rows, "epochs": kind.epochs}
+    return {
+        **TRAINING,
+        **size,
+        "learning_rate": kind.learning_rate,
+        "adapter": {"kind": kind.name, **kind.settings[task.name]},
+        "task": task.name,
+        "max_length": task.max_length,
+        "seed": SEED,
+        "test_rows": TEST_ROWS,
+        "encoder": MINILM.sha256,
+        "data": task.package.sha256,
+    }
+
+
+def _train(kind: Kind, task: TextTask, settings: dict[str, Any], folder: Path) -> None:
+    split = load_split(task, settings["train_rows"])
+    announce(f"{task.name} ({kind.name})", split.train, settings)
+    set_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
+    model = new_classifier(split.labels)
+    train(
+        get_peft_model(model, kind.config(task.name)),
+        encode(split.train, split.labels, tokenizer, task.max_length),
+        folder,
+        DataCollatorWithPadding(tokenizer),
+        num_train_epochs=settings["epochs"],
+        train_sampling_strategy="group_by_length",
+        **{**TRAINING, "learning_rate": kind.learning_rate},
+    )
+    tokenizer.save_pretrained(folder)
+    model.config.save_pretrained(folder)  # an adapter has no place for the labels' names
+
+
+def load_adapter(folder: Path) -> PreTrainedModel:
+    """Return MiniLM with an adapter of [`train_adapter`]."""
+    config = AutoConfig.from_pretrained(folder)
+    base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), config=config)
+    return PeftModel.from_pretrained(base, folder)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """Return the model in a folder, an adapter's or a merged repo's."""
+    is_adapter = (folder / "adapter_config.json").is_file()
+    return load_adapter(folder) if is_adapter else AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def workbench(kind: str, about: str) -> Workbench:
+    """Return the command line of a kind's recipe."""
+    return Workbench(
+        about=about,
+        tasks=list(TASKS),
+        finetune=lambda name, quick: train_adapter(KINDS[kind], TASKS[name], quick),
+        measure=lambda name, model: f"{make_exam(TASKS[name]).accuracy(model):.1%}",
+        load=load,
+    )
