@@ -217,14 +217,14 @@ def _assign(plan: Plan) -> None:
     patterns = [re.compile(pattern) for pattern in plan.recipe.private]
     touched = {name for checkpoint in plan.finetunes.values() for name in checkpoint.touched}
     own = {name for checkpoint in plan.finetunes.values() for name in checkpoint.own}
-    for name in plan.skeleton.state_dict():
+    for name, place in plan.skeleton.state_dict().items():
         if name in aliases or name in (plan.skeleton._keys_to_ignore_on_save or ()):
             continue  # the latter transformers computes anew
         for checkpoint in plan.finetunes.values():
             if name not in checkpoint.infos:
                 raise _missing(plan, checkpoint, name)
         if name not in touched:
-            _check_shape(plan, name, plan.skeleton.state_dict()[name].shape)
+            _check_shape(plan, name, place.shape)
             plan.kept.append(name)
             continue
         why = "an adapter has its own" if name in own else None
@@ -339,6 +339,8 @@ def _warnings(plan: Plan) -> list[str]:
             warnings.append(f"{task}: is the same checkpoint as {seen[where]}")
         seen.setdefault(where, task)
         warnings += config_differences(plan, task)
+        if isinstance(checkpoint, AdapterCheckpoint):
+            warnings += checkpoint.tied_targets()
         dtype = _main_dtype(source)
         if source.adapter is None and dtype.itemsize < plan.dtype.itemsize:
             warnings.append(

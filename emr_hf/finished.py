@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class FinishedRepo:
         RepoError: it is no merged repo.
 
     Attributes:
-        base: the base, in the repo or where the repo says it is.
+        base_place, base_revision: where the base came from, or is.
         report: of the last merge.
     """
 
@@ -61,7 +62,6 @@ class FinishedRepo:
         self.storage = open_repo(self.folder)
         self.report = MergeReport.from_dict(self.config.report)
         self.base_place, self.base_revision = self._place_of_base()
-        self.base = self._open_base()
 
     def _place_of_base(self) -> tuple[str, str | None]:
         if self.layout == "model":
@@ -69,7 +69,9 @@ class FinishedRepo:
         settings = json.loads((self.folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
         return str(settings["base_model_name_or_path"]), settings.get("revision")
 
-    def _open_base(self) -> Source:
+    @cached_property
+    def base(self) -> Source:
+        """The base, in the repo or where the repo says it is."""
         place, revision = self.base_place, self.base_revision
         if self.layout == "peft":
             return open_source(f"{place}@{revision}" if revision else place, "base")

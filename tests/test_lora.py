@@ -546,3 +546,30 @@ def test_forms_that_do_not_fit_are_refused(repo, tmp_path):
         with pytest.raises(emr_hf.OptionError, match=named):
             emr_hf.export(repo, "a", tmp_path / "out", **options)
     assert not any(tmp_path.iterdir())
+
+
+# Tied tensors
+
+
+@pytest.mark.parametrize("target", ["wte", "lm_head"])
+def test_a_tied_tensor_is_changed_as_pefts_merge_does_and_warned_of(target, tmp_path):
+    base = adapters.write_base(tiny.GPT2, tmp_path / "base")
+    settings = {"target_modules": [target, "c_attn"], "r": 2, **CAUSAL}
+    found = adapters.write_adapter(tmp_path / "a", tiny.GPT2.architecture, base, settings)
+    plan = emr_hf.check(emr_hf.Recipe(None, {"a": found}))
+    assert any("tied" in warning and warning.startswith("a: ") for warning in plan.warnings)
+    expected = adapters.merged_model(found, tiny.GPT2.architecture, base).state_dict()
+    name = "transformer.wte.weight"
+    assert name in plan.merged
+    assert torch.equal(plan.finetunes["a"].read(name), expected[name])
+    emr_hf.merge(None, {"a": found}, tmp_path / "out")
+    model = emr_hf.EMRMergedModel.from_pretrained(tmp_path / "out").model
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_two_changes_of_one_tied_tensor_are_refused(tmp_path):
+    base = adapters.write_base(tiny.GPT2, tmp_path / "base")
+    settings = {"target_modules": ["wte", "lm_head"], "r": 2, **CAUSAL}
+    found = adapters.write_adapter(tmp_path / "a", tiny.GPT2.architecture, base, settings)
+    with pytest.raises(emr_hf.CheckpointError, match="a: .*transformer.wte and lm_head, which are tied"):
+        emr_hf.check(emr_hf.Recipe(None, {"a": found}))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import Checkpoint, spill
+from ..checkpoint import Checkpoint, spill, tied_names
 from ..election import torch_threads
 from ..errors import CheckpointError, MismatchError, nearest, one_line
 from ..sources import Source
@@ -42,10 +42,9 @@ class AdapterCheckpoint(Checkpoint):
         self.model, self._config = injected_copy(source, skeleton)
         self._whole: dict[str, str] = {}  # name in memory -> stored name
         self.values: dict[str, str] = {}  # name in the injected model -> stored name
+        self._tied = tied_names(skeleton)
         self._sort_tensors(skeleton)
-        self._layer_of = {
-            f"{path}.{name}": path for path, layer in adapted_layers(self.model) for name in touched_parameters(layer)
-        }
+        self._layer_of = self._find_layers()
         self._touched = {*self._layer_of, *self._whole}
         self._own = {name for name in self._whole if self._is_saved_module(name)}
         self.infos = {**base.infos, **{name: source.storage.infos[stored] for name, stored in self._whole.items()}}
@@ -83,6 +82,34 @@ class AdapterCheckpoint(Checkpoint):
             else:
                 self.values[in_layers[stored.removeprefix(PREFIX)]] = stored
 
+    def _find_layers(self) -> dict[str, str]:
+        """Name in memory of each tensor that merging changes -> path of the layer that does."""
+        layers: dict[str, str] = {}
+        for path, layer in adapted_layers(self.model):
+            for local in touched_parameters(layer):
+                name = self._kept_name(f"{path}.{local}")
+                if name in layers:
+                    raise CheckpointError(
+                        f"{self.source.label}: {self.source.name} changes {layers[name]} and {path}, which are tied: "
+                        "untie them in the base"
+                    )
+                layers[name] = path
+        return layers
+
+    def _kept_name(self, name: str) -> str:
+        """The one of a tied tensor's names under which it is kept."""
+        return self._tied.get(name, name)
+
+    def tied_targets(self) -> list[str]:
+        """Warnings of tied tensors: merged, as PEFT does too, an adapter changes both places."""
+        aliases = {name: alias for alias, name in self._tied.items()}
+        return [
+            f"{self.source.label}: changes {name}, which is tied to {aliases[name]}: merged it changes both, as with "
+            "PEFT's merge_and_unload; the adapter by itself changes one"
+            for name in self._layer_of
+            if name in aliases
+        ]
+
     def _is_saved_module(self, name: str) -> bool:
         modules = getattr(self._config, "modules_to_save", None) or ()
         path = f".{name.rpartition('.')[0]}."
@@ -105,7 +132,7 @@ class AdapterCheckpoint(Checkpoint):
 
     @property
     def largest_conversion(self) -> int:
-        return max((self.infos[name].nbytes for name in self._layer_of), default=0)
+        return 2 * max((self.infos[name].nbytes for name in self._layer_of), default=0)  # the weight and its change
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +160,7 @@ class AdapterCheckpoint(Checkpoint):
                 module: nn.Module = merged(layer)
         except Exception as error:  # whatever PEFT raises, the adapter cannot be merged
             raise CheckpointError(f"{self.source.label}: PEFT cannot merge {path}: {one_line(error)}") from error
-        found = {f"{path}.{name}": value.detach() for name, value in module.named_parameters()}
+        found = {self._kept_name(f"{path}.{name}"): value.detach() for name, value in module.named_parameters()}
         return {name: spill(value, self.scratch) for name, value in found.items() if self._layer_of.get(name) == path}
 
     def _value(self, path: str, name: str) -> Tensor:
@@ -141,7 +168,7 @@ class AdapterCheckpoint(Checkpoint):
         if stored is not None:
             value = self.source.storage.read(stored)
         else:
-            plain = plain_name(f"{path}.{name}")
+            plain = self._kept_name(plain_name(f"{path}.{name}"))
             value = self.source.storage.read(self._whole[plain]) if plain in self._whole else self._base.read(plain)
         # PEFT merges in place: what is mapped from a file must not be written to.
         return value.to(torch.float32, copy=True)

@@ -170,13 +170,13 @@ class EMRLayer(nn.Module, BaseTunerLayer):
         goal = None if adapter is None else (adapter, self._wanted[adapter])
         if self._fresh and goal == self._now:
             return
-        self._fresh = False
+        self._fresh = False  # until the end: an interrupted switch is made good by the next
         if self._now is not None and (goal is None or goal[0] != self._now[0]):
             self._switches[self._now[0]].leave()
-        self._now = goal if goal is None or self._now is None else self._now
+        self._now = goal
         if goal is not None:
             self._switches[goal[0]].become(goal[1])
-        self._now, self._fresh = goal, True
+        self._fresh = True
 
     def _sync_if_begun(self) -> None:
         if self._fresh:
