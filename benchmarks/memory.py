@@ -1,8 +1,9 @@
 """Peak private memory of a merge on disk, beside the same merge in memory, by number of tasks and size of model.
 
-    python benchmarks/memory.py [--hidden 512 1024] [--tasks 2 8]
+    python benchmarks/memory.py [--hidden 512 1024] [--tasks 2 8] [--adapters]
 
-Private memory is `RssAnon`: pages mapped from files are the operating system's to take back. Each merge runs in a
+With --adapters the finetunes are LoRAs of all linear layers; in memory, PEFT makes a full model of each first. Private
+memory is `RssAnon`: pages mapped from files are the operating system's to take back. Each merge runs in a
 process of its own, on random weights (only sizes matter here).
 """
 
@@ -17,7 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import emr_hf
 from emr_hf.report import human, table
@@ -50,7 +52,7 @@ def peak_of(function) -> tuple[int, float]:
     return max(peak, private_memory()) - before, seconds
 
 
-def write_models(folder: Path, hidden: int, tasks: int) -> None:
+def write_models(folder: Path, hidden: int, tasks: int, adapters: bool) -> None:
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=4 * hidden,
@@ -60,8 +62,18 @@ def write_models(folder: Path, hidden: int, tasks: int) -> None:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    for name in ("base", *(f"task{i}" for i in range(tasks))):
-        LlamaForCausalLM(config).save_pretrained(folder / name)
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    for name in (f"task{i}" for i in range(tasks)):
+        if adapters:
+            write_adapter(folder / "base", folder / name)
+        else:
+            LlamaForCausalLM(config).save_pretrained(folder / name)
+
+
+@torch.no_grad()
+def write_adapter(base: Path, folder: Path) -> None:
+    settings = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), settings).save_pretrained(folder)
 
 
 def run_one(kind: str, folder: Path, tasks: int) -> None:
@@ -76,14 +88,21 @@ def run_one(kind: str, folder: Path, tasks: int) -> None:
 
 
 def merge_in_memory(base: Path, finetunes: dict[str, Path]) -> None:
-    state_dicts = {task: LlamaForCausalLM.from_pretrained(path).state_dict() for task, path in finetunes.items()}
+    state_dicts = {task: load_finetune(base, path).state_dict() for task, path in finetunes.items()}
     emr_hf.merge_state_dicts(LlamaForCausalLM.from_pretrained(base).state_dict(), state_dicts)
+
+
+def load_finetune(base: Path, path: Path) -> PreTrainedModel:
+    if (path / "adapter_config.json").exists():
+        return PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), path).merge_and_unload()
+    return LlamaForCausalLM.from_pretrained(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--adapters", action="store_true", help="merge LoRAs in place of full finetunes")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -92,15 +111,15 @@ def main() -> None:
     rows = []
     for hidden in options.hidden:
         for tasks in options.tasks:
-            rows.append(measure(hidden, tasks))
+            rows.append(measure(hidden, tasks, options.adapters))
     header = ["hidden", "tasks", "one model", "largest tensor", "disk: peak", "disk: s", "memory: peak", "memory: s"]
     print(*table(header, rows), sep="\n")
 
 
-def measure(hidden: int, tasks: int) -> list[str]:
+def measure(hidden: int, tasks: int, adapters: bool) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_models(folder, hidden, tasks)
+        write_models(folder, hidden, tasks, adapters)
         size = (folder / "base" / "model.safetensors").stat().st_size
         row = [str(hidden), str(tasks), human(size), human(16000 * hidden * 4)]
         for kind in ("disk", "memory"):

@@ -153,6 +153,7 @@ def fill_plan(plan: Plan) -> None:
 
 
 def common_architecture(sources: Mapping[str, Source]) -> str:
+    """The one class that all finetunes are of."""
     first, *others = sources.values()
     if first.architecture is None:
         raise MismatchError(f"{first.label}: config.json names no architecture: expected one, such as BertForMaskedLM")
@@ -368,6 +369,7 @@ def config_differences(plan: Plan, task: str) -> list[str]:
 
 
 def check_space(plan: Plan, out: Path) -> None:
+    """Raise RepoError where the disk has no room for what the plan writes."""
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

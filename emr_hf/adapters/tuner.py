@@ -248,12 +248,12 @@ class EMRLayer(nn.Module, BaseTunerLayer):
 
     def remove(self, keep_task: bool) -> PreTrainedModel:
         """Leave the model with the active task's weights, or with the base's."""
+        switch = next(iter(self._switches.values()))
+        if keep_task and not self._disable_adapters and (quantised := switch.quantised):
+            raise EMRError(f"a task cannot be merged into quantised weights ({quantised[0]}, ...)")
         self._disable_adapters = not keep_task or self._disable_adapters
         self.sync()
         self._handle.remove()
-        switch = next(iter(self._switches.values()))
-        if keep_task and self._now is not None and (quantised := switch.quantised):
-            raise EMRError(f"a task cannot be merged into quantised weights ({quantised[0]}, ...)")
         return switch.model
 
 
