@@ -131,7 +131,7 @@ def _use_vectors(plan: Plan) -> None:
     adapters = [c for c in plan.finetunes.values() if isinstance(c, AdapterCheckpoint) and c.kind == "IA3"]
     if len(adapters) < len(plan.finetunes):
         return
-    settings = ia3.common_settings([adapter.model for adapter in adapters])
+    settings = ia3.common_settings(adapter.layers for adapter in adapters)
     if settings is not None:
         use_vectors(plan, settings)
 

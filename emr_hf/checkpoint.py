@@ -212,12 +212,13 @@ def is_head(model: PreTrainedModel, name: str) -> bool:
     return _HEAD.match(name) is not None
 
 
-def spill(tensor: Tensor, folder: Path | None) -> Tensor:
-    """A copy of the tensor that lives in an unnamed temporary file."""
+def spill(tensor: Tensor, folder: Path | None, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of the tensor, of another dtype if one is given, that lives in an unnamed temporary file."""
+    dtype = dtype or tensor.dtype
     if tensor.numel() == 0:
-        return tensor
+        return tensor.to(dtype)
     with tempfile.NamedTemporaryFile(prefix="emr-hf-", dir=folder) as file:
-        reserve(file.fileno(), tensor.nbytes)
-        copy = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        reserve(file.fileno(), tensor.numel() * dtype.itemsize)
+        copy = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=dtype)
         copy.copy_(tensor.reshape(-1))
     return copy.reshape(tensor.shape)

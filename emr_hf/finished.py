@@ -17,7 +17,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from . import bits
 from .adapters import ia3
 from .adapters.delta import AdapterCheckpoint
-from .adapters.layers import plain_name
+from .adapters.layers import adapted_layers, plain_name
 from .bits import StoredVector
 from .checking import check_finetune, common_architecture, config_differences, fill_plan, finetune_of, use_vectors
 from .checkpoint import Checkpoint, build_skeleton
@@ -121,12 +121,12 @@ class FinishedRepo:
 
     def _common_vectors(self, plan: Plan) -> dict[str, Any]:
         """Settings of the (IA)³ layers of the repo and of a new adapter together."""
-        models = [ia3.vector_skeleton(plan.skeleton, self.config.vectors)]
+        layers = [dict(adapted_layers(ia3.vector_skeleton(plan.skeleton, self.config.vectors)))]
         for task, checkpoint in plan.finetunes.items():
             if not (isinstance(checkpoint, AdapterCheckpoint) and checkpoint.kind == "IA3"):
                 raise MismatchError(f"{task}: this repo merges (IA)³ vectors: only (IA)³ adapters can be added to it")
-            models.append(checkpoint.model)
-        settings = ia3.common_settings(models)
+            layers.append(checkpoint.layers)
+        settings = ia3.common_settings(layers)
         if settings is None:
             raise MismatchError(
                 f"{next(iter(plan.finetunes))}: it scales the inputs of a module of which this repo scales the "

@@ -6,7 +6,9 @@ The space of the weights is the only one where merging LoRAs is well defined: th
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Collection
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,8 @@ class AdapterCheckpoint(Checkpoint):
     """The weights of a base with one adapter merged into it, one module at a time.
 
     Attributes:
-        model: the skeleton with PEFT's layers, on the meta device.
-        values: name in `model` -> stored name, of the tensors in those layers.
+        layers: path -> PEFT's layer in the skeleton, on the meta device.
+        values: name in the skeleton with these layers -> stored name.
     """
 
     def __init__(self, source: Source, skeleton: PreTrainedModel, base: Checkpoint):
@@ -39,14 +41,16 @@ class AdapterCheckpoint(Checkpoint):
         # PEFT's own merge runs on these, and a convolution's last bit depends on them.
         self._threads = torch.get_num_threads()
         self.unexpected: list[str] = []
-        self.model, self._config = injected_copy(source, skeleton)
+        model, config = injected_copy(source, skeleton)
+        self.layers: dict[str, Any] = dict(adapted_layers(model))
         self._whole: dict[str, str] = {}  # name in memory -> stored name
         self.values: dict[str, str] = {}  # name in the injected model -> stored name
         self._tied = tied_names(skeleton)
-        self._sort_tensors(skeleton)
+        self._sort_tensors(skeleton, model, config)
         self._layer_of = self._find_layers()
         self._touched = {*self._layer_of, *self._whole}
-        self._own = {name for name in self._whole if self._is_saved_module(name)}
+        modules = getattr(config, "modules_to_save", None) or ()
+        self._own = {name for name in self._whole if any(f".{module}." in f".{name}" for module in modules)}
         self.infos = {**base.infos, **{name: source.storage.infos[stored] for name, stored in self._whole.items()}}
         for name in self._layer_of:
             if name not in self.infos:
@@ -54,15 +58,15 @@ class AdapterCheckpoint(Checkpoint):
             self.infos[name] = TensorInfo(self.infos[name].shape, torch.float32)
         self._spilled: dict[str, Tensor] = {}
 
-    def _sort_tensors(self, skeleton: PreTrainedModel) -> None:
+    def _sort_tensors(self, skeleton: PreTrainedModel, model: PreTrainedModel, config: Any) -> None:
         """Find the place of every stored tensor, and that none is missing or of a wrong shape."""
         label, infos = self.source.label, self.source.storage.infos
         places = skeleton.state_dict()
-        expected = {f"{PREFIX}{name}": tensor for name, tensor in stored_names(self.model, self._config).items()}
+        expected = {f"{PREFIX}{name}": tensor for name, tensor in stored_names(model, config).items()}
         for name in expected:
             if name not in infos:
                 raise CheckpointError(f"{label}: {name} is missing from {self.source.name}{nearest(name, infos)}")
-        in_layers = names_in_layers(self.model, self._config, [name.removeprefix(PREFIX) for name in infos])
+        in_layers = names_in_layers(model, config, [name.removeprefix(PREFIX) for name in infos])
         for stored, info in infos.items():
             name = plain_name(stored.removeprefix(PREFIX))
             if name in places and "original_module" in stored:
@@ -85,7 +89,7 @@ class AdapterCheckpoint(Checkpoint):
     def _find_layers(self) -> dict[str, str]:
         """Name in memory of each tensor that merging changes -> path of the layer that does."""
         layers: dict[str, str] = {}
-        for path, layer in adapted_layers(self.model):
+        for path, layer in self.layers.items():
             for local in touched_parameters(layer):
                 name = self._kept_name(f"{path}.{local}")
                 if name in layers:
@@ -109,11 +113,6 @@ class AdapterCheckpoint(Checkpoint):
             for name in self._layer_of
             if name in aliases
         ]
-
-    def _is_saved_module(self, name: str) -> bool:
-        modules = getattr(self._config, "modules_to_save", None) or ()
-        path = f".{name.rpartition('.')[0]}."
-        return any(f".{module}." in path for module in modules)
 
     @property
     def kind(self) -> str:
@@ -148,11 +147,12 @@ class AdapterCheckpoint(Checkpoint):
             return self._base.read(name) if stored is None else self.source.storage.read(stored)
         if name not in self._spilled:
             self._spilled |= self._merge(self._layer_of[name])
+            _give_back_memory()
         return self._spilled.pop(name)
 
     def _merge(self, path: str) -> dict[str, Tensor]:
-        """Merge one module; what it touches waits in unnamed files, so that memory does not grow with the adapters."""
-        layer = deepcopy(self.model.get_submodule(path))
+        """Merge one module. Its weights are in unnamed files all along: memory would grow with the adapters."""
+        layer = deepcopy(self.layers[path])
         values = {name: self._value(path, name) for name in layer.state_dict()}
         layer.load_state_dict(values, assign=True)
         try:
@@ -161,17 +161,28 @@ class AdapterCheckpoint(Checkpoint):
         except Exception as error:  # whatever PEFT raises, the adapter cannot be merged
             raise CheckpointError(f"{self.source.label}: PEFT cannot merge {path}: {one_line(error)}") from error
         found = {self._kept_name(f"{path}.{name}"): value.detach() for name, value in module.named_parameters()}
-        return {name: spill(value, self.scratch) for name, value in found.items() if self._layer_of.get(name) == path}
+        in_files = {value.data_ptr() for value in values.values()}
+        return {
+            name: value if value.data_ptr() in in_files else spill(value, self.scratch)
+            for name, value in found.items()
+            if self._layer_of.get(name) == path
+        }
 
     def _value(self, path: str, name: str) -> Tensor:
+        """A tensor of a layer, float32: PEFT merges in place, so what is mapped from an input is copied."""
         stored = self.values.get(f"{path}.{name}")
         if stored is not None:
-            value = self.source.storage.read(stored)
-        else:
-            plain = self._kept_name(plain_name(f"{path}.{name}"))
-            value = self.source.storage.read(self._whole[plain]) if plain in self._whole else self._base.read(plain)
-        # PEFT merges in place: what is mapped from a file must not be written to.
-        return value.to(torch.float32, copy=True)
+            return self.source.storage.read(stored).to(torch.float32, copy=True)
+        plain = self._kept_name(plain_name(f"{path}.{name}"))
+        whole = self._whole.get(plain)
+        value = self._base.read(plain) if whole is None else self.source.storage.read(whole)
+        return spill(value, self.scratch, torch.float32)
+
+
+def _give_back_memory() -> None:
+    """Return freed pages to the system. glibc keeps them between small objects that live on, some for each adapter."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def injected_copy(source: Source, skeleton: PreTrainedModel) -> tuple[PreTrainedModel, Any]:

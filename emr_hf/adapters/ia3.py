@@ -8,7 +8,7 @@ hundreds of times smaller than its weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,18 @@ from .layers import ADAPTER, adapted_layers, inject, plain_name
 VECTOR = ".ia3_l."
 
 
-def common_settings(models: Sequence[nn.Module]) -> dict[str, Any] | None:
-    """Settings of one (IA)³ adapter with the vectors of all; `None` if models scale a module in different ways."""
+def common_settings(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Settings of one (IA)³ adapter with the vectors of all.
+
+    Args:
+        layers: of each adapter, path -> PEFT's layer.
+
+    Returns:
+        the settings, or `None` if a module is scaled in different ways.
+    """
     feedforward: dict[str, bool] = {}
-    for model in models:
-        for path, layer in adapted_layers(model):
+    for of_adapter in layers:
+        for path, layer in of_adapter.items():
             if feedforward.setdefault(path, bool(layer.is_feedforward)) != layer.is_feedforward:
                 return None
     return {
