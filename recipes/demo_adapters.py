@@ -48,7 +48,8 @@ def score(kind: Kind, folders: Mapping[str, Path], exams: Mapping[str, Exam]) ->
     """Measure the adapters, and what PEFT makes of all under the head of each."""
     say(f"measuring the {kind.name} adapters")
     yield "individual", {name: exams[name].accuracy(load_adapter(folder)) for name, folder in folders.items()}
-    print(f"PEFT's add_weighted_adapter on the adapters as they are: {peft_merges.refusal(folders)}")
+    print("PEFT's add_weighted_adapter says to")
+    print("\n".join(f"- {what}: {answer}" for what, answer in peft_merges.refusals(folders)), end="\n\n")
     for combination in peft_merges.COMBINATIONS[kind.name]:
         say(f"measuring PEFT's {combination} merge")
         yield f"PEFT {combination}", peft_merges.best_scores(folders, exams, combination)

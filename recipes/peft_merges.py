@@ -11,7 +11,7 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from training import SEED, Exam
 from transformers import AutoModelForSequenceClassification
 
-COMBINATIONS = {"lora": ("linear", "ties", "dare_linear"), "ia3": ("linear",)}
+COMBINATIONS = {"lora": ("linear", "cat", "ties", "dare_linear"), "ia3": ("linear",)}
 """Kind of adapter -> ways to combine; (IA)³ has no other."""
 WEIGHTS = (0.25, 0.5, 1.0)
 """Each of these is given to every adapter, and the one that does best on the test rows is taken."""
@@ -35,14 +35,22 @@ SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HEAD = "base_model.model.classifier."
 
 
-def refusal(folders: Mapping[str, Path]) -> str:
-    """Return what PEFT says to merging the adapters as they are."""
+def refusals(folders: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    """Yield what a user may try first, and what PEFT says to it."""
+    yield "all, as they are saved", _answer(folders)
+    alike = {name: folder for name, folder in folders.items() if len(_head(folder)["bias"]) == 2}
+    yield f"{' and '.join(alike)}, whose heads have one shape", _answer(alike)
+    with tempfile.TemporaryDirectory() as scratch:
+        bare = {name: headless(folder, Path(scratch) / name) for name, folder in folders.items()}
+        yield "all, their heads taken off", _answer(bare)
+
+
+def _answer(folders: Mapping[str, Path]) -> str:
     try:
-        model = _load_all(folders)
-        model.add_weighted_adapter(list(folders), [1.0] * len(folders), "merged", combination_type="linear")
+        combine(_load_all(folders), list(folders), "linear", 1.0)
     except Exception as error:  # whatever it is, it is what a user would see
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return "it takes them"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+    return "accepted"
 
 
 def best_scores(folders: Mapping[str, Path], exams: Mapping[str, Exam], combination: str) -> dict[str, float]:
@@ -61,7 +69,7 @@ def combine(model: PeftModel, names: list[str], combination: str, weight: float)
     """Merge loaded adapters by PEFT's means, and activate the result."""
     torch.manual_seed(SEED)  # DARE drops at random
     options: dict[str, Any] = {} if "ia3" in _kind(model) else {"combination_type": combination}
-    if combination != "linear":
+    if combination in ("ties", "dare_linear"):
         options["density"] = DENSITY
     if "merged" in model.peft_config:
         model.delete_adapter("merged")
