@@ -17,9 +17,9 @@ TAGS = ["merge", "emr-merging", "model-merging", "emr_hf"]
 _TEXT = """\
 # {title}
 
-{count} finetunes of {base} in one model, merged by [EMR-Merging](https://arxiv.org/abs/2405.17461) with `emr_hf`: the
-base, one unified task vector, and per task a 1-bit mask per weight and a rescaler. The model becomes any of its tasks,
-and has to be told which.
+{count} finetunes of {base} in one {kind}, merged by [EMR-Merging](https://arxiv.org/abs/2405.17461) with `emr_hf`:
+{parts}one unified task vector, and per task a 1-bit mask per weight and a rescaler. It becomes any of its tasks, and
+has to be told which.
 
 {usage}
 
@@ -53,7 +53,7 @@ import emr_hf
 from peft import PeftModel
 from transformers import {auto_class}
 
-base = {auto_class}.from_pretrained({base!r})
+base = {auto_class}.from_pretrained({base!r}{revision})
 model = PeftModel.from_pretrained(base, "{repo_id}")
 model.tasks  # {tasks}
 model.set_task({task!r})
@@ -78,10 +78,13 @@ def make_card(config: EMRConfig, repo_id: str, layout: str = "model") -> str:
         title=repo_id.rpartition("/")[2],
         count=len(config.tasks),
         base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else base,
+        kind="model" if layout == "model" else "adapter",
+        parts="the base, " if layout == "model" else "",
         usage=_USAGE[layout].format(
             auto_class=auto_name(wrapper),
             repo_id=repo_id,
             base=base,
+            revision=f", revision={config.base_revision!r}" if config.base_revision else "",
             tasks=list(config.tasks),
             task=config.default_task,
         ),

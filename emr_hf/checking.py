@@ -59,6 +59,8 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
     """
     if save_as not in LAYOUTS:
         raise OptionError(f"save_as={save_as!r} is unknown: expected one of {', '.join(LAYOUTS)}")
+    if save_as == "peft" and isinstance(recipe.base, PreTrainedModel) and not recipe.base.config.name_or_path:
+        raise OptionError("save_as='peft': the base is a loaded model without a path: an adapter has to name its base")
     if out is not None:
         check_target(Path(out), overwrite)
     base, sources = _open_inputs(recipe)
@@ -244,7 +246,11 @@ def _assign(plan: Plan) -> None:
 
 def _missing(plan: Plan, checkpoint: Checkpoint, name: str) -> MismatchError:
     source = checkpoint.source
-    hint = ": the adapter was saved without its head (modules_to_save)" if source.adapter else ""
+    hint = ""
+    if source.adapter is not None:
+        hint = ": the adapter was saved without its head (modules_to_save)"
+    if plan.repo is not None and not is_head(plan.skeleton, name):
+        hint = ": this repo has kept no base of it, as each task has its own; give a finetune that has it too"
     return MismatchError(f"{source.label}: {name} is missing from {source.name}: {plan.architecture} needs it{hint}")
 
 

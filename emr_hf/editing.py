@@ -10,7 +10,7 @@ from .errors import OptionError, UnknownTaskError
 from .finished import FinishedRepo
 from .merging import elect, write_repo
 from .plan import Plan
-from .repo import WeightsWriter, check_target, mask_name, model_name, tau_name
+from .repo import WeightsWriter, check_outside, check_target, mask_name, model_name, tau_name
 from .report import MergeReport
 from .sources import Reference, open_input
 
@@ -44,6 +44,7 @@ def add_task(
     """
     check_target(Path(out), overwrite)
     old = FinishedRepo(repo)
+    check_outside(old.folder, Path(out))
     if task in old.config.tasks:
         raise OptionError(f"{task!r} is a task of {repo} already: choose another name, or remove it first")
     source = bound(open_input(finetune, task), old.base)
@@ -74,6 +75,7 @@ def remove_task(
     """
     check_target(Path(out), overwrite)
     old = FinishedRepo(repo)
+    check_outside(old.folder, Path(out))
     old.config.entry(task)
     tasks = [name for name in old.config.tasks if name != task]
     if not tasks:
@@ -90,8 +92,8 @@ def _keep_account(before: MergeReport, report: MergeReport) -> MergeReport:
     """Count an old task's losses from its first merge, of which only what it kept was elected now."""
     for task, old in before.tasks.items():
         new = report.tasks[task]
-        length = old.length or new.length or 1.0
-        lost = (old.lost or 0.0) + new.relative_error * (new.length or 0.0) / length
+        length = new.length if old.length is None else old.length
+        lost = (old.lost or 0.0) + (new.relative_error * (new.length or 0.0) / length if length else 0.0)
         kept = replace(old, rescaler=new.rescaler, density=new.density, lost=lost, length=length)
         report.tasks[task] = replace(kept, private_elements=new.private_elements)
     report.bytes_finetunes = before.bytes_finetunes + sum(
@@ -115,6 +117,6 @@ def _copy_merge(old: FinishedRepo, plan: Plan, writer: WeightsWriter) -> MergeRe
         tasks={task: old.report.tasks[task] for task in plan.tasks},
         bytes_out=plan.bytes_out,
         bytes_modulators=plan.bytes_modulators,
-        bytes_finetunes=old.report.bytes_finetunes - sum(numbers.nbytes for numbers in gone),
+        bytes_finetunes=old.report.bytes_finetunes - sum(n.nbytes for n in gone) if all(n.nbytes for n in gone) else 0,
         warnings=[],
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from .adapters.export import task_type, write_ia3
+from .adapters.export import write_ia3
 from .adapters.lora import LoraReport, check_rank, write_lora
 from .checkpoint import model_class_of
 from .errors import OptionError
@@ -53,6 +53,8 @@ def export(
         raise OptionError(f"save_as={save_as!r}, rank={rank!r}: a LoRA needs a rank, and nothing else has one")
     finished = FinishedRepo(repo)
     entry = finished.config.entry(task)
+    if save_as != "ia3":
+        finished.base  # noqa: B018 - found, or missed, before anything is written
     with atomic_folder(Path(out)) as folder:
         report = None
         if save_as == "model":
@@ -83,9 +85,4 @@ def _write_ia3(repo: FinishedRepo, task: str, folder: Path) -> None:
         raise OptionError(
             f"{repo.folder} merges weights, of which none are (IA)³ vectors: use --as lora or --as model"
         )
-    settings = {
-        "base_model_name_or_path": repo.base_place,
-        "revision": repo.base_revision,
-        "task_type": task_type(repo.config),
-    }
-    write_ia3(repo.config, repo.storage, task, folder, settings)
+    write_ia3(repo.config, repo.storage, task, folder, (repo.base_place, repo.base_revision))

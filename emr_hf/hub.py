@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .card import make_card
 from .configuration import EMRConfig, repo_config
 from .errors import RepoError, one_line
-from .repo import ADAPTERS_FOLDER, CARD_NAME, REPORT_NAME, TASKS_FOLDER, layout_of, open_repo, write_shim
+from .repo import CARD_NAME, REPORT_NAME, is_written_by_us, layout_of, open_repo, write_shim
 from .report import MergeReport
 from .sources import HUB_ERRORS
 
@@ -30,21 +30,13 @@ def write_repo_files(folder: Path, config: EMRConfig, repo_id: str) -> None:
 
 def carry_files(repo: Path, folder: Path) -> None:
     """Take what a repo's owner has put beside it, and a card of their own, along into a changed repo."""
-    ours = (TASKS_FOLDER, ADAPTERS_FOLDER, ".git")
     for path in repo.rglob("*"):
         place = path.relative_to(repo)
-        if (
-            not path.is_file()
-            or place.parts[0] in ours
-            or path.name.endswith((".safetensors", ".safetensors.index.json"))
-        ):
-            continue
-        if place == Path(CARD_NAME) and not _is_own_card(repo):
-            continue
-        target = folder / place
-        if place == Path(CARD_NAME) or not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+        if path.is_file() and place.parts[0] != ".git" and not is_written_by_us(place):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / place)
+    if _is_own_card(repo):
+        shutil.copyfile(repo / CARD_NAME, folder / CARD_NAME)
 
 
 def push_folder(

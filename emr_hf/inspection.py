@@ -8,10 +8,11 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .configuration import EMRConfig, repo_config
 from .errors import RepoError, one_line
-from .repo import PARTS, open_repo, part_of
+from .repo import PARTS, fetch_repo, open_repo, part_of
 from .report import MergeReport, human, table
 from .sources import HUB_ERRORS
 
@@ -87,6 +88,8 @@ def _read(repo: str | Path) -> tuple[PreTrainedConfig, dict[str, int]]:
         infos = open_repo(folder).infos
         return repo_config(folder), {name: info.nbytes for name, info in infos.items()}
     try:
+        if HfApi().file_exists(str(repo), ADAPTER_CONFIG_NAME):
+            return _read(fetch_repo(repo))  # an adapter, which is small
         config = AutoConfig.from_pretrained(repo, trust_remote_code=False)
         files = HfApi().get_safetensors_metadata(str(repo)).files_metadata.values()
     except HUB_ERRORS as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters.ia3 import inject_vectors
-from .adapters.layers import merge_and_unload
+from .adapters.layers import unload
 from .bank import EMRBank
 from .checkpoint import model_class_of
 from .configuration import EMRConfig
@@ -71,7 +71,6 @@ class EMRMergedModel(PreTrainedModel):
         self.model = model_class_of(str(config.base_architecture))(config.base_config)
         if config.vectors is not None:
             inject_vectors(self.model, config.vectors)
-        self.model.requires_grad_(False)  # what is rebuilt or shared by all tasks cannot be trained for one
         self._active: str | None = None
         self._half_switched = False
         self._switch = Switch(self.model, config)
@@ -136,6 +135,7 @@ class EMRMergedModel(PreTrainedModel):
     @staticmethod
     def _finalize_model_loading(model: EMRMergedModel, load_config: Any, loading_info: Any) -> Any:
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        model.model.requires_grad_(False)  # what is rebuilt, or shared by all tasks, cannot be trained for one
         model.set_task(model._initial_task)
         return loading_info
 
@@ -248,7 +248,15 @@ class EMRMergedModel(PreTrainedModel):
             if before is not None:
                 self.set_task(before)
 
+    def _check_vectors(self) -> None:
+        if self.config.vectors is not None and "peft_config" in vars(self):
+            raise EMRError(
+                "this model merges (IA)³ vectors, whose layers PEFT takes for its own: no other adapter can be put on "
+                "it; load the repo again, and put the adapter on what merge_and_unload(task) gives"
+            )
+
     def _check_in_memory(self) -> None:
+        self._check_vectors()
         if not isinstance(getattr(self, "emr", None), EMRBank):
             raise EMRError("merge_and_unload() has taken this model apart: load the repo again")
         if away := self._switch.offloaded():
@@ -281,7 +289,7 @@ class EMRMergedModel(PreTrainedModel):
         """
         self.set_task(task or self._active or self.config.default_task)
         if self.config.vectors is not None:
-            merge_and_unload(self.model)
+            unload(self.model)
         model = self.model.requires_grad_(True)
         self.emr = self._switch.bank = nn.Module()  # type: ignore[assignment]
         self._active = None
@@ -308,6 +316,7 @@ class EMRMergedModel(PreTrainedModel):
         return self.model(*args, **kwargs)
 
     def _check_forward(self, kwargs: dict[str, Any]) -> None:
+        self._check_vectors()
         if hasattr(self, "_hf_hook") and any(getattr(m, attr).is_meta for m, attr in self._switch.sites.values()):
             raise OffloadedError(
                 "this model was offloaded after loading, with the base's weights instead of the task's: offload "

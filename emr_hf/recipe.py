@@ -101,6 +101,8 @@ class Recipe:
         for name in ("tau_dtype", "default_task", "private"):
             if value := getattr(self, name):
                 content[name] = list(value) if name == "private" else value
+        if self.labels:
+            content["labels"] = {task: list(names) for task, names in self.labels.items()}
         return content
 
 

@@ -353,6 +353,21 @@ def copy_side_files(folder: Path, out: Path) -> list[str]:
     return names
 
 
+def is_written_by_us(place: Path) -> bool:
+    """Whether a file at this place in a repo is one that this package writes."""
+    if len(place.parts) > 1 and place.parts[0] not in (TASKS_FOLDER, ADAPTERS_FOLDER):
+        return False
+    names = (*SIDE_FILES, GENERATION_CONFIG, CONFIG_NAME, REPORT_NAME, CARD_NAME, SHIM_NAME, ADAPTER_CONFIG_NAME)
+    weights = (ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    return place.name in (*names, *weights) or bool(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", place.name))
+
+
+def check_outside(repo: Path, out: Path) -> None:
+    """Raise RepoError where a changed repo would be written into the one it is made of."""
+    if repo.resolve() in out.resolve().parents:
+        raise RepoError(f"{out} is inside {repo}: choose a folder outside, or the repo itself with overwrite=True")
+
+
 def fetch_repo(repo: str | Path) -> Path:
     """The folder of a merged repo, downloaded if it is on the Hub.
 

@@ -55,7 +55,7 @@ class MergeReport:
         tau_rounding: relative L2 change of the unified vector by that dtype; 0 for float32.
         merged_tensors, merged_elements: how much was merged.
         bytes_out: weights of the repo.
-        bytes_finetunes: weights of the finetunes by themselves.
+        bytes_finetunes: weights of the finetunes by themselves; 0 where that is not known any more.
         bytes_modulators: of the repo's weights, what is not the base.
         seconds: wall time.
         tasks: task -> its numbers.
@@ -125,6 +125,8 @@ class MergeReport:
         return text
 
     def _finetunes_size(self) -> str:
+        if not self.bytes_finetunes:
+            return f"{human(self.bytes_out)} on disk."
         share = self.bytes_out / self.bytes_finetunes
         return (
             f"{human(self.bytes_out)} on disk, {share:.0%} of the {len(self.tasks)} finetunes' "

@@ -168,10 +168,10 @@ def open_input(reference: Reference, label: str) -> Source | Adapter:
             f"{label}: expected a folder, a Hub id or a loaded PreTrainedModel, got {type(reference).__name__}"
         )
     elif (folder := _as_folder(reference)) is not None:
-        name = folder.resolve().name
+        name, revision = hub_snapshot(folder) or (folder.resolve().name, None)
         if is_adapter(os.listdir(folder)):
-            return Adapter(label, name, _settings(label, folder), open_adapter(label, folder), folder=folder)
-        source = Source(label, name, _config(label, folder), open_folder(label, folder), folder=folder)
+            return Adapter(label, name, _settings(label, folder), open_adapter(label, folder), revision, folder)
+        source = Source(label, name, _config(label, folder), open_folder(label, folder), revision, folder)
     elif isinstance(reference, Path) or re.match(r"[./~]|[A-Za-z]:\\", reference) or os.path.isfile(reference):
         raise CheckpointError(f"{label}: {reference} is not a folder: expected a checkpoint's folder or a Hub id")
     else:
@@ -197,6 +197,12 @@ def _as_folder(reference: str | Path) -> Path | None:
         return folder if folder.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long a name, an unknown user's home, a null byte
         return None
+
+
+def hub_snapshot(path: str | Path) -> tuple[str, str] | None:
+    """Hub id and commit of a folder in the Hub's cache, `None` for another."""
+    found = re.search(r"models--([^/]+)/snapshots/([^/]+)/?$", str(path))
+    return (found[1].replace("--", "/"), found[2]) if found else None
 
 
 def _published_name(name: str) -> str:

@@ -94,7 +94,7 @@ class Switch:
     def restore_base(self) -> None:
         """Give the merged parameters the base's values back."""
         for name, (module, attr) in self.sites.items():
-            if self.bank.base.has(name):
+            if self.bank.base.has(name) and hasattr(module, attr):  # PEFT may have deleted a vector
                 getattr(module, attr).copy_(self.bank.base.get(name))
 
     @torch.no_grad()

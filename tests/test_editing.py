@@ -227,3 +227,50 @@ def test_what_cannot_be_done_is_said(bert, merged, tmp_path):
     with pytest.raises(emr_hf.MismatchError, match="x: model type gpt2"):
         emr_hf.add_task(merged, "x", other.finetunes["x"], out)
     assert not out.exists()
+
+
+def test_every_file_of_the_owner_stays_and_no_tokenizer_of_a_removed_task(bert, tmp_path):
+    inputs = tiny.write_inputs(tiny.BERT, tmp_path / "inputs", ("a", "b"))
+    for name in ("tokenizer.json", "vocab.txt", "chat_template.jinja"):
+        (inputs.finetunes["a"] / name).write_text("{}")
+    (inputs.finetunes["b"] / "tokenizer.json").write_text('{"b": 1}')
+    repo = tmp_path / "repo"
+    emr_hf.merge(inputs.base, inputs.finetunes, repo)
+    owners = ["extra/steering.safetensors", "extra/config.json", "tasks/notes.md", "adapters/mine.txt", "LICENSE"]
+    for place in owners:
+        (repo / place).parent.mkdir(exist_ok=True)
+        (repo / place).write_text("mine")
+    emr_hf.remove_task(repo, "a", repo, overwrite=True)
+    assert all((repo / place).read_text() == "mine" for place in owners)
+    assert (repo / "tokenizer.json").read_text() == '{"b": 1}'
+    assert not (repo / "vocab.txt").exists() and not (repo / "chat_template.jinja").exists()
+
+
+def test_a_repo_is_not_written_into_itself(bert, merged, tmp_path):
+    repo = copy_of(merged, tmp_path / "repo")
+    for change in (
+        lambda out: emr_hf.add_task(repo, "d", bert.finetunes["d"], out),
+        lambda out: emr_hf.remove_task(repo, "a", out),
+    ):
+        with pytest.raises(emr_hf.RepoError, match="is inside"):
+            change(repo / "deep" / "out")
+    assert not (repo / "deep").exists()
+
+
+def test_a_base_that_was_not_kept_is_said_to_be(bert, found, tmp_path):
+    settings = {**BERT_LORA, **SEQ_CLS, "modules_to_save": ["word_embeddings"]}
+    whole = adapters.write_adapter(tmp_path / "whole", tiny.BERT.architecture, bert.base, settings)
+    emr_hf.merge(bert.base, {"a": whole}, tmp_path / "out")
+    with pytest.raises(emr_hf.MismatchError, match="b: .*word_embeddings.*has kept no base of it"):
+        emr_hf.add_task(tmp_path / "out", "b", found["LORA"][1], tmp_path / "x")
+    emr_hf.merge(bert.base, {"b": found["LORA"][1]}, tmp_path / "other")
+    emr_hf.add_task(tmp_path / "other", "a", whole, tmp_path / "both")
+    assert emr_hf.EMRMergedModel.from_pretrained(tmp_path / "both").tasks == ["b", "a"]
+
+
+def test_a_task_equal_to_the_base_loses_nothing(bert, tmp_path):
+    same = tmp_path / "same"
+    adapters.load(tiny.BERT.architecture, bert.base).save_pretrained(same)
+    emr_hf.merge(bert.base, {"same": same, "a": bert.finetunes["a"]}, tmp_path / "out")
+    report = emr_hf.add_task(tmp_path / "out", "b", bert.finetunes["b"], tmp_path / "more")
+    assert (report.tasks["same"].length, report.tasks["same"].lost) == (0, 0)

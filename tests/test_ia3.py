@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 import emr_hf
+from emr_hf.adapters.export import adapter_folders
 from tests import adapters, tiny
 from tests.adapters import BERT_IA3
 from tests.test_merging import load_folder
@@ -76,7 +77,7 @@ def test_eleven_tasks_are_each_what_their_adapter_would_be(eleven, tmp_path):
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     stock = None
     for index, task in enumerate(ELEVEN):
-        folder = tmp_path / "peft" / "adapters" / f"t{index}"  # a blank is no name for a folder
+        folder = str(tmp_path / "peft" / "adapters" / f"task-{index}")  # a blank is no name for a folder
         if stock is None:
             stock = peft.PeftModel.from_pretrained(adapters.load(T5.architecture, eleven.base), folder, task).eval()
         else:
@@ -212,3 +213,54 @@ def test_without_peft_the_extra_is_named(bert, tmp_path, monkeypatch):
         emr_hf.EMRMergedModel.from_pretrained(tmp_path / "out")
     with pytest.raises(emr_hf.OptionError, match=r"pip install 'emr_hf\[adapters\]'"):
         emr_hf.check(emr_hf.Recipe(None, bert.finetunes))
+
+
+def test_every_task_has_a_folder_of_its_own():
+    tasks = ["t1", "b c", "task-1", "a", "a/b", "../x", "mnli.v1", "x/adapter_config.json", "é", "n" * 300, "glue/b"]
+    folders = adapter_folders(tasks)
+    assert list(folders) == tasks and len(set(folders.values())) == len(tasks)
+    assert {task for task in tasks if folders[task] == task} == {"t1", "task-1", "a", "mnli.v1", "é", "glue/b"}
+    for one in folders.values():
+        assert not one.startswith((".", "/")) and ".." not in one and len(one) < 100
+        assert not any(other.startswith(f"{one}/") for other in folders.values())
+
+
+def test_vectors_kept_private_are_written_too(bert, tmp_path, recwarn):
+    emr_hf.merge(None, bert.finetunes, tmp_path / "out", save_as="peft", private="attention.self.value")
+    base = adapters.load(tiny.BERT.architecture, bert.base)
+    stock = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapters" / "glue" / "b").eval()
+    merged = peft.PeftModel.from_pretrained(adapters.load(tiny.BERT.architecture, bert.base), tmp_path / "out").eval()
+    merged.set_task("glue/b")
+    assert not [str(w.message) for w in recwarn if "missing" in str(w.message)]
+    batch = tiny.BERT.inputs()
+    assert torch.equal(stock(**batch).logits, merged(**batch).logits)
+
+
+def test_no_path_of_this_machine_is_published(bert, tmp_path):
+    emr_hf.merge(None, bert.finetunes, tmp_path / "out")
+    assert str(bert.base.parent) not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_no_other_adapter_goes_onto_vectors(bert, tmp_path):
+    """PEFT would take their layers for its own, and turn them off with the adapter."""
+    emr_hf.merge(None, bert.finetunes, tmp_path / "out")
+    model = emr_hf.EMRMergedModel.from_pretrained(tmp_path / "out")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2))
+    with pytest.raises(emr_hf.EMRError, match="no other adapter can be put on it"):
+        adapted(**tiny.BERT.inputs())
+    with pytest.raises(emr_hf.EMRError, match="no other adapter can be put on it"):
+        model.set_task("glue/b")
+
+
+@pytest.mark.parametrize("space", ["vectors", "weights"])
+def test_nothing_of_a_merge_of_adapters_is_trainable(bert, tmp_path, space):
+    finetunes = dict(bert.finetunes)
+    if space == "weights":
+        settings = {**adapters.BERT_LORA, **SEQ_CLS}
+        finetunes["c"] = adapters.write_adapter(tmp_path / "c", tiny.BERT.architecture, bert.base, settings)
+    emr_hf.merge(None, finetunes, tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").train()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(emr_hf.EMRError, match="frozen"):
+        model(**tiny.BERT.inputs(), labels=torch.zeros(2, dtype=torch.long))
+    assert all(parameter.requires_grad for parameter in model.merge_and_unload("a").parameters())

@@ -38,6 +38,7 @@ VARIANTS = {
     "embedding": (tiny.BERT, {**BERT_LORA, **SEQ_CLS, "target_modules": ["word_embeddings", "query"]}),
     "tokens": (tiny.BERT, {**BERT_LORA, **SEQ_CLS, "trainable_token_indices": {"word_embeddings": [3, 5]}}),
     "modules_to_save": (tiny.BERT, {**BERT_LORA, **SEQ_CLS, "modules_to_save": ["pooler"]}),
+    "bias-all-modules": (tiny.BERT, {**BERT_LORA, **SEQ_CLS, "bias": "all", "modules_to_save": ["pooler"]}),
     "no-task-type": (tiny.BERT, {**BERT_LORA, "modules_to_save": ["classifier"]}),
     "conv": (RESNET, {"target_modules": ["convolution"], "r": 2, "modules_to_save": ["classifier"]}),
     "conv-dora": (
@@ -405,6 +406,20 @@ def test_wrong_shapes_are_named(bert, tmp_path):
     refused(bert, bad, emr_hf.MismatchError, "lora_A", "[6, 32]", "[5, 32]")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"target_modules": "((("}, {"exclude_modules": "((("}, {"auto_mapping": "x"}, {"megatron_config": {}}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_odd_settings_are_one_error_or_none(bert, tmp_path, changes):
+    bad = copy_of(bert.finetunes["b"], tmp_path / "bad")
+    edit_json(bad / "adapter_config.json", **changes)
+    if "auto_mapping" in changes or "megatron_config" in changes:
+        assert emr_hf.check(emr_hf.Recipe(bert.base, {"bad": bad})).merged
+    else:
+        refused(bert, bad, emr_hf.CheckpointError, "does not fit")
+
+
 def test_a_missing_tensor_is_named(bert, tmp_path):
     bad = copy_of(bert.finetunes["b"], tmp_path / "bad")
     change_tensors(bad, lambda tensors: tensors.pop(next(n for n in tensors if "lora_B" in n)))
@@ -536,6 +551,36 @@ def test_a_rank_is_a_number_above_zero(repo, tmp_path, rank):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "BertForTokenClassification"])
+def test_loras_with_other_heads_load(name, tmp_path):
+    architecture = next(t for t in tiny.ALL if str(t) == name)
+    inputs = tiny.write_inputs(architecture, tmp_path, ("a",))
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "out")
+    emr_hf.export(tmp_path / "out", "a", tmp_path / "lora", save_as="lora", rank=64)
+    base = adapters.load(name, inputs.base)
+    lora = peft.PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload().state_dict()
+    model = emr_hf.EMRMergedModel.from_pretrained(tmp_path / "out").model.state_dict()
+    heads = [tensor for tensor in model if tensor.startswith("classifier.")]
+    assert heads and all(torch.equal(lora[tensor], model[tensor]) for tensor in heads)
+
+
+def test_a_private_tied_tensor_has_no_place_in_a_lora(tmp_path):
+    inputs = tiny.write_inputs(tiny.GPT2, tmp_path, ("a",))
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "out", private="wte")
+    with pytest.raises(emr_hf.OptionError, match="transformer.wte.weight is the task's own"):
+        emr_hf.export(tmp_path / "out", "a", tmp_path / "lora", save_as="lora", rank=4)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_base_that_is_gone_is_named_before_anything_is_written(bert, tmp_path):
+    base = copy_of(bert.base, tmp_path / "base")
+    emr_hf.merge(base, {"a": bert.finetunes["a"]}, tmp_path / "out", save_as="peft")
+    edit_json(tmp_path / "out" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+    for options in ({}, {"save_as": "lora", "rank": 2}):
+        with pytest.raises(emr_hf.CheckpointError, match="base: .*gone is not a folder"):
+            emr_hf.export(tmp_path / "out", "a", tmp_path / "x", **options)
+
+
 def test_forms_that_do_not_fit_are_refused(repo, tmp_path):
     for options, named in (
         ({"save_as": "lora"}, "rank"),
@@ -573,3 +618,40 @@ def test_two_changes_of_one_tied_tensor_are_refused(tmp_path):
     found = adapters.write_adapter(tmp_path / "a", tiny.GPT2.architecture, base, settings)
     with pytest.raises(emr_hf.CheckpointError, match="a: .*transformer.wte and lm_head, which are tied"):
         emr_hf.check(emr_hf.Recipe(None, {"a": found}))
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_whole_tied_modules_are_refused_unless_peft_ties_them(modules, tmp_path):
+    llama = next(t for t in tiny.ALL if t.settings.get("tie_word_embeddings"))
+    base = adapters.write_base(llama, tmp_path / "base")
+    settings = {"target_modules": ["q_proj"], "r": 2, "modules_to_save": modules, **CAUSAL}
+    found = adapters.write_adapter(tmp_path / "a", llama.architecture, base, settings)
+    with pytest.raises(emr_hf.MismatchError, match="a: .*is tied: train it with ensure_weight_tying"):
+        emr_hf.check(emr_hf.Recipe(None, {"a": found}))
+
+
+def test_trained_tokens_of_a_tied_model(tmp_path):
+    llama = next(t for t in tiny.ALL if t.settings.get("tie_word_embeddings"))
+    base = adapters.write_base(llama, tmp_path / "base")
+    settings = {"target_modules": ["q_proj"], "r": 2, "trainable_token_indices": [3, 5], **CAUSAL}
+    found = adapters.write_adapter(tmp_path / "a", llama.architecture, base, settings)
+    plan = emr_hf.check(emr_hf.Recipe(None, {"a": found}))
+    expected = adapters.merged_model(found, llama.architecture, base).state_dict()["model.embed_tokens.weight"]
+    assert torch.equal(plan.finetunes["a"].read("model.embed_tokens.weight"), expected)
+
+
+def test_a_snapshot_in_the_hubs_cache_is_its_repo(bert, tmp_path):
+    snapshot = tmp_path / "models--google--tiny-bert" / "snapshots" / COMMIT
+    copy_of(bert.base, snapshot)
+    found = copy_of(bert.finetunes["a"], tmp_path / "a")
+    for name in (str(snapshot), "google/tiny-bert"):
+        edit_json(found / "adapter_config.json", base_model_name_or_path=name)
+        plan = emr_hf.check(emr_hf.Recipe(snapshot, {"a": found}))
+        assert (plan.base.source.name, plan.base.source.revision) == ("google/tiny-bert", COMMIT)
+    other = copy_of(bert.finetunes["b"], tmp_path / "b")
+    edit_json(other / "adapter_config.json", base_model_name_or_path=str(snapshot))
+    emr_hf.merge(snapshot, {"a": found}, tmp_path / "out")
+    emr_hf.add_task(tmp_path / "out", "b", other, tmp_path / "both")
+    edit_json(other / "adapter_config.json", base_model_name_or_path="google/other")
+    with pytest.raises(emr_hf.MismatchError, match="b: was trained on google/other"):
+        emr_hf.add_task(tmp_path / "out", "b", other, tmp_path / "x")

@@ -12,7 +12,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 import emr_hf
 from tests import adapters, tiny
@@ -329,3 +334,86 @@ def test_on_a_quantised_base(quantised):
     assert model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3).shape[1] == 10
     with pytest.raises(emr_hf.EMRError, match="quantised"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("kind", ["LORA", "IA3"])
+def test_generation_begins_with_the_task_though_the_encoder_is_called_first(kind, tmp_path):
+    t5 = next(t for t in tiny.ALL if str(t) == "T5ForConditionalGeneration")
+    base = adapters.write_base(t5, tmp_path / "base")
+    settings = {"task_type": "SEQ_2_SEQ_LM"}
+    found = adapters.write_adapter(tmp_path / "a", t5.architecture, base, settings, kind=kind)
+    emr_hf.merge(base, {"a": found}, tmp_path / "peft", save_as="peft")
+    ids = t5.inputs()["input_ids"]
+    options = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True, "max_new_tokens": 3}
+
+    def scores(model):
+        return model.eval().generate(input_ids=ids, **options).scores[0]
+
+    for load in (
+        lambda: peft.PeftModel.from_pretrained(adapters.load(t5.architecture, base), tmp_path / "peft"),
+        lambda: AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "peft"),
+    ):
+        model = load()
+        assert torch.equal(scores(model), scores(model))
+        moved = load().to(torch.float64).float()
+        assert torch.equal(scores(moved), scores(moved))
+
+
+def test_the_state_dict_of_a_switched_model_is_that_of_a_fresh_one(case):
+    model, fresh = case.load(), case.load()
+    model.set_task("b")
+    saved = model.state_dict()
+    fresh.load_state_dict(saved)
+    for task in "ab":
+        fresh.set_task(task)
+        case.assert_is(fresh, task)
+    model.load_state_dict(saved)
+    case.assert_is(model, "b")
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(**case.batch).logits, base_logits(case))
+
+
+def test_other_heads_load_without_the_base(tmp_path):
+    architecture = next(t for t in tiny.ALL if str(t) == "BertForTokenClassification")
+    inputs = tiny.write_inputs(architecture, tmp_path, ("a", "b"))
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "peft", save_as="peft")
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "model")
+    base = adapters.load(architecture.architecture, inputs.base)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    wrapper = emr_hf.EMRMergedModel.from_pretrained(tmp_path / "model").eval()
+    batch = architecture.inputs()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, wrapper(**batch).logits)
+
+
+def test_deleted_it_is_gone(case):
+    model = case.auto()
+    case.assert_is(model, "a")
+    model.delete_adapter("default")
+    with torch.no_grad():
+        assert model(**case.batch).logits.shape[-1] == 2
+    with pytest.raises(emr_hf.EMRError, match="no merge is active"):
+        model.set_task("a")
+
+
+def test_peft_can_tell_its_type_and_need_not_merge_it(lora):
+    model = lora.load()
+    assert model.get_model_status().peft_types == {"default": "EMR"}
+    with pytest.raises(emr_hf.EMRError, match="in place already"):
+        model.merge_adapter()
+
+
+def test_vectors_on_a_quantised_base(quantised, tmp_path):
+    base, load = quantised[0].parent / "base", quantised[1]
+    settings = {"task_type": "CAUSAL_LM"}  # k_proj, v_proj and down_proj by PEFT's own defaults
+    found = adapters.write_adapter(tmp_path / "a", tiny.LLAMA.architecture, base, settings, kind="IA3")
+    emr_hf.merge(None, {"a": found}, tmp_path / "peft", save_as="peft")
+    batch = tiny.LLAMA.inputs()
+    model = peft.PeftModel.from_pretrained(load(), tmp_path / "peft").eval()
+    stock = peft.PeftModel.from_pretrained(load(), found).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, rtol=0, atol=1e-6)
+        with pytest.raises(emr_hf.EMRError, match="quantised"):
+            model.merge_and_unload()
+        plain = model.unload()
+        assert torch.equal(plain(**batch).logits, load()(**batch).logits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoint import build_skeleton, is_head
 from ..errors import CheckpointError, MismatchError, one_line
-from ..sources import HUB_ERRORS, Adapter, Reference, Source, commit_of, open_source, read_config
+from ..sources import HUB_ERRORS, Adapter, Reference, Source, commit_of, hub_snapshot, open_source, read_config
 from ..storage import MODEL_WEIGHTS
 from .layers import require_peft
 
@@ -83,14 +82,19 @@ def base_reference(adapters: Sequence[Adapter]) -> Reference:
     if not named:
         adapter = adapters[0]
         raise CheckpointError(f"{adapter.label}: {adapter.name} does not name its base: give base in the recipe")
-    first = named[0]
-    for other in named[1:]:
-        if (other.base, other.base_revision) != (first.base, first.base_revision):
+    first = next((adapter for adapter in named if adapter.base_revision), named[0])
+    for other in named:
+        if _hub_id(str(other.base)) != _hub_id(str(first.base)):
             raise MismatchError(
                 f"{other.label}: was trained on {_base_of(other)}, {first.label} on {_base_of(first)}: all adapters "
-                "must have one base"
+                "must have one base; if these are one, give it in the recipe"
             )
-    return _base_of(first)
+    return _base_of(first)  # revisions are compared when the base is known
+
+
+def _hub_id(name: str) -> str:
+    snapshot = hub_snapshot(name)
+    return snapshot[0] if snapshot else name
 
 
 def _base_of(adapter: Adapter) -> str:
@@ -142,14 +146,14 @@ def _check_base(adapter: Adapter, base: Source) -> None:
 
 def _same_model(named: str, base: Source) -> bool:
     """Whether a name and a source are one model: by folder or content where both are here, else by name."""
-    folder = Path(named).expanduser()
+    folder, named = Path(named).expanduser(), _hub_id(named)
     if folder.is_dir() and base.folder is not None:
         if folder.resolve() == base.folder.resolve() or _same_weights(folder, base.folder):
             return True
-        return base.revision is not None and _plain_name(named) == _plain_name(base.name)
-    if base.revision is not None and "/" in named and not folder.is_absolute():
+        return base.revision is not None and named == base.name
+    if base.revision is not None and "/" in named and not Path(named).is_absolute():
         return named == base.name
-    return _plain_name(named) == _plain_name(base.name)
+    return Path(named).name == Path(base.name).name
 
 
 def _same_weights(one: Path, other: Path) -> bool:
@@ -157,16 +161,11 @@ def _same_weights(one: Path, other: Path) -> bool:
     return bool(files) and not any(filecmp.cmpfiles(one, other, files, shallow=False)[1:])
 
 
-def _plain_name(name: str) -> str:
-    """The last part of a name or path; of a folder in the Hub's cache, that of the repo."""
-    cached = re.search(r"models--(?:.+?--)?([^/]+)/snapshots/[^/]+/?$", name)
-    return cached[1] if cached else Path(name).name
-
-
 def _architecture(adapter: Adapter, base: Source) -> str:
     """Name of the class that the adapter was trained on."""
     task_type = adapter.settings.get("task_type")
-    mapped = (adapter.settings.get("auto_mapping") or {}).get("base_model_class")
+    mapped = adapter.settings.get("auto_mapping")
+    mapped = mapped.get("base_model_class") if isinstance(mapped, dict) else None
     if task_type is None:
         if not (mapped or base.architecture):
             raise MismatchError(f"{adapter.label}: neither {adapter.name} nor {base.name} names a model class")

@@ -23,7 +23,16 @@ from ..errors import CheckpointError, MismatchError, nearest, one_line
 from ..sources import Source
 from ..storage import TensorInfo
 from .binding import PREFIX
-from .layers import adapted_layers, inject, merged, names_in_layers, plain_name, stored_names, touched_parameters
+from .layers import (
+    adapted_layers,
+    inject,
+    merged,
+    names_in_layers,
+    place_of,
+    plain_name,
+    stored_names,
+    touched_parameters,
+)
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -43,7 +52,7 @@ class AdapterCheckpoint(Checkpoint):
         self.unexpected: list[str] = []
         model, config = injected_copy(source, skeleton)
         self.layers: dict[str, Any] = dict(adapted_layers(model))
-        self._whole: dict[str, str] = {}  # name in memory -> stored name
+        self._whole: dict[str, str]  # name in memory -> stored name
         self.values: dict[str, str] = {}  # name in the injected model -> stored name
         self._tied = tied_names(skeleton)
         self._sort_tensors(skeleton, model, config)
@@ -51,6 +60,7 @@ class AdapterCheckpoint(Checkpoint):
         self._touched = {*self._layer_of, *self._whole}
         modules = getattr(config, "modules_to_save", None) or ()
         self._own = {name for name in self._whole if any(f".{module}." in f".{name}" for module in modules)}
+        self._drop_aliases(bool(getattr(config, "ensure_weight_tying", False)))
         self.infos = {**base.infos, **{name: source.storage.infos[stored] for name, stored in self._whole.items()}}
         for name in self._layer_of:
             if name not in self.infos:
@@ -63,17 +73,18 @@ class AdapterCheckpoint(Checkpoint):
         label, infos = self.source.label, self.source.storage.infos
         places = skeleton.state_dict()
         expected = {f"{PREFIX}{name}": tensor for name, tensor in stored_names(model, config).items()}
+        own_places = {stored: place_of(stored.removeprefix(PREFIX), places) for stored in infos}
+        # With biases PEFT saves those of the original of a module that the adapter has replaced, too.
+        replaced = {stored for stored in infos if ".original_module." in stored}
+        self._whole = {name: s for s, name in own_places.items() if name is not None and s not in replaced}
         for name in expected:
-            if name not in infos:
+            if name not in infos and place_of(name.removeprefix(PREFIX), places) not in self._whole:
                 raise CheckpointError(f"{label}: {name} is missing from {self.source.name}{nearest(name, infos)}")
         in_layers = names_in_layers(model, config, [name.removeprefix(PREFIX) for name in infos])
         for stored, info in infos.items():
-            name = plain_name(stored.removeprefix(PREFIX))
-            if name in places and "original_module" in stored:
-                continue  # saved with all biases, but of a module that the adapter has replaced
-            if name in places:
-                self._whole[name] = stored
-            elif stored not in expected:
+            if own_places[stored] is not None:
+                continue
+            if stored not in expected:
                 raise CheckpointError(
                     f"{label}: {self.source.name} holds {stored}, for which {type(skeleton).__name__} with its "
                     f"adapter_config.json has no place"
@@ -92,6 +103,8 @@ class AdapterCheckpoint(Checkpoint):
         for path, layer in self.layers.items():
             for local in touched_parameters(layer):
                 name = self._kept_name(f"{path}.{local}")
+                if name in layers and not hasattr(layer, "base_layer"):
+                    continue  # trained tokens: PEFT ties these itself
                 if name in layers:
                     raise CheckpointError(
                         f"{self.source.label}: {self.source.name} changes {layers[name]} and {path}, which are tied: "
@@ -99,6 +112,17 @@ class AdapterCheckpoint(Checkpoint):
                     )
                 layers[name] = path
         return layers
+
+    def _drop_aliases(self, tied_by_peft: bool) -> None:
+        """Whole tensors that are tied: one place of two cannot have its own, unless PEFT has kept them equal."""
+        for name in sorted(self._own):
+            if not tied_by_peft and (name in self._tied or name in self._tied.values()):
+                raise MismatchError(
+                    f"{self.source.label}: {self.source.name} has {name} for itself (modules_to_save), which is tied: "
+                    "train it with ensure_weight_tying=True, or untie the base"
+                )
+        self._whole = {name: stored for name, stored in self._whole.items() if name not in self._tied}
+        self._own = {self._kept_name(name) for name in self._own}
 
     def _kept_name(self, name: str) -> str:
         """The one of a tied tensor's names under which it is kept."""
@@ -195,7 +219,7 @@ def injected_copy(source: Source, skeleton: PreTrainedModel) -> tuple[PreTrained
     model = deepcopy(skeleton)
     try:
         return model, inject(model, source.adapter.settings)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # settings may make PEFT raise anything
         targets = source.adapter.settings.get("target_modules")
         raise CheckpointError(
             f"{source.label}: {source.name}, with target_modules {targets}, does not fit {type(model).__name__}: "

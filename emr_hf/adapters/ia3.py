@@ -107,8 +107,11 @@ class VectorCheckpoint(Checkpoint):
 
     def extras(self) -> dict[str, Any]:
         """What it takes to write the task as an (IA)³ adapter again."""
-        adapter = self.source.adapter
-        return {} if adapter is None else {"adapter": adapter.settings, "vectors": sorted(self._stored)}
+        if self.source.adapter is None:
+            return {}
+        where = ("base_model_name_or_path", "revision")  # a path of this machine, it may be
+        settings = {name: value for name, value in self.source.adapter.settings.items() if name not in where}
+        return {"adapter": settings, "vectors": sorted(self._stored)}
 
     @property
     def touched(self) -> Collection[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,8 @@ def inject(model: nn.Module, settings: dict[str, Any], adapter: str = ADAPTER) -
         config = PeftConfig.from_peft_type(**{**settings, "inference_mode": True})
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = False  # values come from the file
-        inject_adapter_in_model(config, model, adapter, low_cpu_mem_usage=True)
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        inject_adapter_in_model(config, model, adapter, low_cpu_mem_usage=on_meta)
     return config
 
 
@@ -85,8 +87,16 @@ def touched_parameters(layer: nn.Module) -> list[str]:
 
 def plain_name(name: str) -> str:
     """A parameter's name without what PEFT inserts into it."""
-    infixes = ("base_layer", "original_module", "modules_to_save", "token_adapter")
+    infixes = ("base_layer", "original_module", "token_adapter")
     return ".".join(part for part in name.split(".") if part not in infixes)
+
+
+def place_of(stored: str, places: Collection[str]) -> str | None:
+    """The model's own tensor that a stored one is, `None` for one of PEFT's layers."""
+    name = plain_name(stored)
+    # With biases PEFT saves the copy of a whole module under its inner name, the adapter's name in it or not.
+    candidates = (name, re.sub(r"\.modules_to_save\.", ".", name), re.sub(r"\.modules_to_save\.[^.]+\.", ".", name))
+    return next((candidate for candidate in candidates if candidate in places), None)
 
 
 def stored_names(model: Any, config: Any) -> dict[str, Any]:
@@ -130,10 +140,10 @@ def merged(layer: Any) -> nn.Module:
         return layer.get_base_layer()
 
 
-def merge_and_unload(model: nn.Module) -> None:
-    """Merge every layer of a model in place and take PEFT's layers out."""
+def unload(model: nn.Module, merge: bool = True) -> None:
+    """Take PEFT's layers out of a model, merged or not."""
     for path, layer in list(adapted_layers(model)):
         parent, _, attribute = path.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, merged(layer))
+        setattr(model.get_submodule(parent), attribute, merged(layer) if merge else layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config

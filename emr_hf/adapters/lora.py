@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,14 @@ def write_lora(repo: FinishedRepo, task: str, folder: Path, rank: int) -> LoraRe
     kept = repo.task(task)
     skeleton = build_skeleton(kept.source, torch.float32)
     report = LoraReport(task, rank)
-    whole = _whole_modules(skeleton, repo.config.entry(task)["private"])
-    factors = _factors(repo, kept, skeleton, whole, report)
+    tied = {name for pair in skeleton.all_tied_weights_keys.items() for name in pair}
+    whole = _whole_modules(skeleton, repo.config.entry(task)["private"], tied)
+    factors = _factors(repo, kept, skeleton, whole, tied, report)
     if not factors:
         raise OptionError(f"{task}: none of its weights has changed in a way that a LoRA can hold")
-    config = _save_settings(repo, skeleton, folder, rank, factors, whole)
+    peft_config = _save_settings(repo, skeleton, folder, rank, factors, whole)
     tensors = {}
-    for name in stored_names(*config):
+    for name in stored_names(skeleton, peft_config):
         path, _, part = name.rpartition(".lora_")
         tensors[PREFIX + name] = _factor(factors[path], part) if path else kept.read(plain_name(name)).contiguous()
     save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -101,16 +102,33 @@ def write_lora(repo: FinishedRepo, task: str, folder: Path, rank: int) -> LoraRe
     return report
 
 
-def _whole_modules(skeleton: PreTrainedModel, private: Iterable[str]) -> list[str]:
-    """Modules that the task has for itself, for `modules_to_save`."""
-    return sorted({name.rpartition(".")[0] for name in private})
+def _whole_modules(skeleton: PreTrainedModel, private: Collection[str], tied: Collection[str]) -> list[str]:
+    """Modules that the task has for itself, for `modules_to_save`: the outermost ones that hold nothing else."""
+    tensors = skeleton.state_dict()
+    modules = set()
+    for name in private:
+        path = name.rpartition(".")[0]
+        if not path or name in tied:
+            raise OptionError(
+                f"{name} is the task's own, and no module that an adapter could save: export a checkpoint"
+            )
+        while parent := path.rpartition(".")[0]:
+            if not all(tensor in private for tensor in tensors if tensor.startswith(f"{parent}.")):
+                break
+            path = parent
+        modules.add(path)
+    return sorted(modules)
 
 
 def _factors(
-    repo: FinishedRepo, kept: FinishedTask, skeleton: PreTrainedModel, whole: Sequence[str], report: LoraReport
+    repo: FinishedRepo,
+    kept: FinishedTask,
+    skeleton: PreTrainedModel,
+    whole: Sequence[str],
+    tied: Collection[str],
+    report: LoraReport,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Path of a module -> the factors of its change; the report is filled in on the way."""
-    tied = {name for pair in skeleton.all_tied_weights_keys.items() for name in pair}
     factors, square, square_error = {}, 0.0, 0.0
     for name in repo.config.merged_parameters or []:
         change = kept.deviation(name)
@@ -120,7 +138,7 @@ def _factors(
         module, attr = site_of(skeleton, name)
         path = name.rpartition(".")[0]
         why = "tied to another module" if name in tied else _obstacle(module, attr)
-        if length == 0 or path in whole:
+        if length == 0 or any(f"{path}.".startswith(f"{module}.") for module in whole):
             continue
         square += length
         if why is not None:
@@ -186,12 +204,12 @@ def _save_settings(
     rank: int,
     factors: dict[str, Any],
     whole: Sequence[str],
-) -> tuple[PreTrainedModel, Any]:
-    """Write `adapter_config.json`; returns the skeleton with the adapter's layers, and PEFT's configuration."""
+) -> Any:
+    """Write `adapter_config.json`, and put the adapter's layers into the skeleton; returns PEFT's configuration."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _find_minimal_target_modules
 
-    from .export import task_type
+    from .export import base_settings
 
     others = [name for name, _ in skeleton.named_modules() if name and name not in factors]
     settings = {
@@ -200,12 +218,10 @@ def _save_settings(
         "target_modules": sorted(_find_minimal_target_modules([*factors], others)),
         "modules_to_save": list(whole) or None,
         "fan_in_fan_out": all(isinstance(skeleton.get_submodule(path), Conv1D) for path in factors),
-        "task_type": task_type(repo.config),
-        "base_model_name_or_path": repo.base_place,
-        "revision": repo.base_revision,
         "inference_mode": True,
+        **base_settings(repo.config, (repo.base_place, repo.base_revision)),
     }
-    LoraConfig(**settings).save_pretrained(str(folder))  # type: ignore[arg-type]
+    LoraConfig(**settings).save_pretrained(str(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return skeleton, inject(skeleton, {**settings, "peft_type": "LORA"})
+        return inject(skeleton, {**settings, "peft_type": "LORA"})

@@ -24,15 +24,22 @@ from ..configuration import EMRConfig
 from ..errors import EMRError, MismatchError, one_line
 from ..repo import PEFT_BANKS, PEFT_MODULE, PEFT_TYPE
 from ..sites import Site, install, site_of
-from ..switching import Switch
+from ..switching import Switch, owners_of
 from .ia3 import VECTOR, inject_vector_buffers
-from .layers import ADAPTER, adapted_layers, merge_and_unload
+from .layers import ADAPTER, adapted_layers, unload
 
 
 class _TypeName(str):
     """PEFT's enumeration of types is closed; this is what is asked of one of its members."""
 
-    name = value = property(str)
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    name = value
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
 
 @dataclass
@@ -124,7 +131,10 @@ class _TunerSwitch(Switch):
 
     @property
     def quantised(self) -> list[str]:
-        return [name for name, (module, attr) in self.sites.items() if _is_quantised(getattr(module, attr))]
+        """Names of the quantised weights that the tasks change, by themselves or by a vector."""
+        found = [name for name, (module, attr) in self.sites.items() if _is_quantised(getattr(module, attr))]
+        layers = [(path, layer) for path, layer in adapted_layers(self.model) if hasattr(layer, "ia3_l")]
+        return found + [path for path, layer in layers if _is_quantised(layer.get_base_layer().weight)]
 
 
 def _is_quantised(weight: Tensor) -> bool:
@@ -151,7 +161,11 @@ class EMRLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.register_load_state_dict_post_hook(_has_new_values)
-        self._handle = model.register_forward_pre_hook(self._before_forward)
+        # Encoders and towers are called by themselves too, before the model's own forward.
+        parts = [module for name, module in model.named_modules() if name.count(".") < 2 and any(module.children())]
+        self._handles = [module.register_forward_pre_hook(self._before_forward) for module in parts]
+        self._handles.append(model.register_state_dict_post_hook(_save_base))
+        self._handles.append(model.register_load_state_dict_pre_hook(_restore_base))
 
     def add(self, adapter: str, switch: _TunerSwitch) -> None:
         """Take in another merge."""
@@ -161,8 +175,26 @@ class EMRLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        # Values come after the layer, by more ways than one: the first forward finds them in place.
         self.sync()
+
+    def requires_grad_(self, requires_grad: bool = True) -> EMRLayer:
+        """Nothing is trained. It is the last that transformers asks when it has loaded the values."""
+        self.sync()
+        return self
+
+    def be_base(self) -> None:
+        """Be the base, until the next forward or switch."""
+        if self._now is not None:
+            self._switches[self._now[0]].leave()
+        self._now, self._fresh = None, False
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Name in the model -> the base's value, of every tensor that the active task has changed."""
+        if self._now is None:
+            return {}
+        switch = self._switches[self._now[0]]
+        base = {name: switch.bank.base.get(merged) for name, merged in owners_of(switch, switch.model).items()}
+        return {**base, **{name: switch.originals[name] for name in switch.private_sites if name in switch.originals}}
 
     def sync(self) -> None:
         """Make the model hold what it is asked to."""
@@ -170,10 +202,9 @@ class EMRLayer(nn.Module, BaseTunerLayer):
         goal = None if adapter is None else (adapter, self._wanted[adapter])
         if self._fresh and goal == self._now:
             return
-        self._fresh = False  # until the end: an interrupted switch is made good by the next
-        if self._now is not None and (goal is None or goal[0] != self._now[0]):
-            self._switches[self._now[0]].leave()
-        self._now = goal
+        if goal is None or self._now is None or goal[0] != self._now[0]:
+            self.be_base()
+        self._now, self._fresh = goal, False  # until the end: an interrupted switch is made good by the next
         if goal is not None:
             self._switches[goal[0]].become(goal[1])
         self._fresh = True
@@ -206,6 +237,7 @@ class EMRLayer(nn.Module, BaseTunerLayer):
     @contextmanager
     def use_task(self, task: str) -> Iterator[None]:
         """Be a task inside a `with` block."""
+        self._current()
         before = self._wanted[self.active_adapters[0]]
         self.set_task(task)
         try:
@@ -249,16 +281,31 @@ class EMRLayer(nn.Module, BaseTunerLayer):
     def remove(self, keep_task: bool) -> PreTrainedModel:
         """Leave the model with the active task's weights, or with the base's."""
         switch = next(iter(self._switches.values()))
-        if keep_task and not self._disable_adapters and (quantised := switch.quantised):
+        if keep_task and not self._disable_adapters and (quantised := self._current().quantised):
             raise EMRError(f"a task cannot be merged into quantised weights ({quantised[0]}, ...)")
         self._disable_adapters = not keep_task or self._disable_adapters
         self.sync()
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         return switch.model
 
 
 def _has_new_values(layer: EMRLayer, incompatible_keys: Any) -> None:
     layer._fresh = False
+    if not any(buffer.is_meta for buffer in layer.buffers()):
+        layer.sync()
+
+
+def _save_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """What is saved as the model's weights is the base, whichever task is active."""
+    for name, value in getattr(model, PEFT_MODULE).base_tensors().items():
+        if prefix + name in state_dict:
+            state_dict[prefix + name] = value
+
+
+def _restore_base(model: nn.Module, *_: Any) -> None:
+    """Before `load_state_dict`: what is loaded, and what is left alone, is the base."""
+    getattr(model, PEFT_MODULE).be_base()
 
 
 class EMRTuner(BaseTuner):
@@ -314,21 +361,18 @@ class EMRTuner(BaseTuner):
         """See [`EMRLayer.active_task`]."""
         return self.layer.active_task
 
-    def set_task(self, task: str) -> EMRTuner:
-        """See [`EMRLayer.set_task`]."""
-        self.layer.set_task(task)
-        return self
-
-    def use_task(self, task: str) -> Any:
-        """See [`EMRLayer.use_task`]."""
-        return self.layer.use_task(task)
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not needed: the weights of the active task are in place."""
+        raise EMRError(
+            "a task's weights are in place already: there is nothing to merge; merge_and_unload gives the model"
+        )
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         model = self.layer.remove(keep_task=merge)
         delattr(model, PEFT_MODULE)
         for name in ("set_task", "use_task", "peft_config"):
             vars(model).pop(name, None)
-        merge_and_unload(model)  # vectors, which are ones where the base is wanted
+        unload(model, merge)
         return model
 
     @classmethod
