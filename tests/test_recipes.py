@@ -385,12 +385,13 @@ def test_zeros_in_the_rank_change_no_adapter(small_adapter, tmp_path):
 def test_heads_come_off_and_on_again(small_adapter, tmp_path):
     base, folder = small_adapter
     bare = peft_merges.headless(folder, tmp_path / "bare")
-    head = peft_merges._head(folder)
+    head = peft_merges.head_of(folder)
     whole = peft.PeftModel.from_pretrained(tiny_adapters.load(tiny.BERT.architecture, base), folder).eval()
     model = peft.PeftModel.from_pretrained(tiny_adapters.load(tiny.BERT.architecture, base), bare).eval()
     batch = tiny.BERT.inputs()
     assert not torch.equal(model(**batch).logits, whole(**batch).logits)
-    assert torch.equal(peft_merges._with_head(model, head)(**batch).logits, whole(**batch).logits)
+    peft_merges.with_head(model.get_base_model(), head)
+    assert torch.equal(model(**batch).logits, whole(**batch).logits)
 
 
 @pytest.mark.slow
