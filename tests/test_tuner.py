@@ -231,6 +231,9 @@ def test_two_merges_in_one_model(lora, tmp_path):
         emr_hf.merge(lora.base, {"c": finetunes["a"]}, tmp_path / "model")
         expected = emr_hf.EMRMergedModel.from_pretrained(tmp_path / "model").eval()(**lora.batch).logits
         assert torch.equal(model(**lora.batch).logits, expected)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(**lora.batch).logits, base_logits(lora))
+        assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
     model.set_adapter("default")
     lora.assert_is(model, "a")
     model.delete_adapter("default")

@@ -329,6 +329,8 @@ class EMRTuner(BaseTuner):
         layer = getattr(model, PEFT_MODULE, None)
         _check_model(model, layer, config)
         assert isinstance(model, PreTrainedModel)
+        if layer is not None:
+            layer.be_base()  # labels and heads to come back to are the base's, not another merge's
         if config.vectors is not None:
             inject_vector_buffers(model, config.vectors, adapter_name)
         try:
