@@ -110,11 +110,9 @@ class FinishedRepo:
         plan.warnings = config_differences(plan, new.label) if new is not None else []
         return plan
 
-    def task(self, task: str) -> FinishedTask:
-        """What the repo has kept of a task, where weights are merged."""
-        source = self.source(task)
-        skeleton = build_skeleton(source, torch.float32)
-        return FinishedTask(source, self, self._base_checkpoint(skeleton))
+    def task(self, task: str, skeleton: PreTrainedModel) -> FinishedTask:
+        """What the repo has kept of a task, where weights are merged, under the names of a skeleton."""
+        return FinishedTask(self.source(task), self, self._base_checkpoint(skeleton))
 
     def _base_checkpoint(self, skeleton: PreTrainedModel) -> Checkpoint:
         return FinishedBase(self.base, self.config) if self.layout == "model" else Checkpoint(self.base, skeleton)

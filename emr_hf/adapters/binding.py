@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoint import build_skeleton, is_head
 from ..errors import CheckpointError, MismatchError, one_line
+from ..repo import PEFT_TYPE
 from ..sources import HUB_ERRORS, Adapter, Reference, Source, commit_of, hub_snapshot, open_source, read_config
 from ..storage import MODEL_WEIGHTS
 from .layers import require_peft
@@ -52,7 +53,7 @@ PREFIX = "base_model.model."
 def check_kind(adapter: Adapter) -> None:
     """Raise CheckpointError unless the adapter is of a kind that can be merged into weights."""
     label, settings = adapter.label, adapter.settings
-    if adapter.peft_type == "EMR":
+    if adapter.peft_type == PEFT_TYPE:
         raise CheckpointError(f"{label}: {adapter.name} is a merge already: give the adapters it was made of")
     if adapter.peft_type not in SUPPORTED:
         raise CheckpointError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from ..bits import StoredVector
-from ..checkpoint import build_skeleton
+from ..checkpoint import build_skeleton, tied_names
 from ..errors import OptionError
 from ..finished import FinishedRepo, FinishedTask
 from ..report import human, table
@@ -84,10 +83,10 @@ def write_lora(repo: FinishedRepo, task: str, folder: Path, rank: int) -> LoraRe
     require_peft()
     if repo.config.vectors is not None:
         raise OptionError(f"{repo.folder} merges (IA)³ vectors: write the task as an (IA)³ adapter (--as ia3)")
-    kept = repo.task(task)
-    skeleton = build_skeleton(kept.source, torch.float32)
+    skeleton = build_skeleton(repo.source(task), torch.float32)
+    kept = repo.task(task, skeleton)
     report = LoraReport(task, rank)
-    tied = {name for pair in skeleton.all_tied_weights_keys.items() for name in pair}
+    tied = {name for pair in tied_names(skeleton).items() for name in pair}
     whole = _whole_modules(skeleton, repo.config.entry(task)["private"], tied)
     factors = _factors(repo, kept, skeleton, whole, tied, report)
     if not factors:
@@ -222,6 +221,4 @@ def _save_settings(
         **base_settings(repo.config, (repo.base_place, repo.base_revision)),
     }
     LoraConfig(**settings).save_pretrained(str(folder))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return inject(skeleton, {**settings, "peft_type": "LORA"})
+    return inject(skeleton, {**settings, "peft_type": "LORA"})

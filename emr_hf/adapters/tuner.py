@@ -105,9 +105,7 @@ class _TunerSwitch(Switch):
             return super().rebuild(name, key)
         self._remove_hook(name)
         tau, device = self.bank.tau.get(name), getattr(module, attr).device
-        zeros, one = torch.zeros((), device=device).expand(tau.shape), torch.ones((), device=device)
-        delta = torch.empty(tau.shape, dtype=tau.dtype, device=device)
-        bits.rebuild(zeros, tau, self.bank.mask_of(key, name), one, out=delta)  # M tau, exactly
+        delta = (tau * bits.unpack(self.bank.mask_of(key, name), tau.shape)).to(device)  # M tau, exactly
         hook = _AddDelta(delta, self.bank.rescaler.get(key).to(device))
         self.hooks[name] = module.register_forward_hook(hook)
 
