@@ -18,7 +18,7 @@ from . import election
 from .adapters import binding, ia3
 from .adapters.delta import AdapterCheckpoint
 from .bits import packed_size
-from .checkpoint import Checkpoint, build_skeleton, is_head, tied_names
+from .checkpoint import Checkpoint, NamedTensors, build_skeleton, is_head, tied_names
 from .errors import CheckpointError, MismatchError, OptionError, RecipeError, RepoError
 from .plan import Plan, dtype_name
 from .recipe import Recipe
@@ -123,7 +123,7 @@ def make_plan(recipe: Recipe, base: Source, sources: Mapping[str, Source], save_
     return plan
 
 
-def finetune_of(source: Source, skeleton: PreTrainedModel, base: Checkpoint) -> Checkpoint:
+def finetune_of(source: Source, skeleton: PreTrainedModel, base: NamedTensors) -> NamedTensors:
     """A finetune's tensors, whatever it is stored as."""
     return Checkpoint(source, skeleton) if source.adapter is None else AdapterCheckpoint(source, skeleton, base)
 
@@ -244,7 +244,7 @@ def _assign(plan: Plan) -> None:
         raise MismatchError(f"nothing to merge: every tensor of {plan.architecture} is private ({reasons})")
 
 
-def _missing(plan: Plan, checkpoint: Checkpoint, name: str) -> MismatchError:
+def _missing(plan: Plan, checkpoint: NamedTensors, name: str) -> MismatchError:
     source = checkpoint.source
     hint = ""
     if source.adapter is not None:

@@ -67,20 +67,64 @@ class _Group:
     members: list[tuple[str, str]] = field(default_factory=list)  # (source pattern, stored name)
 
 
-class Checkpoint:
-    """A source's tensors under the names they have in `skeleton`.
+class NamedTensors:
+    """One input of a merge, a base or a finetune, as tensors under the names that they have in memory.
 
     Attributes:
+        source: where they are from.
         infos: name in memory -> shape and dtype. Tied tensors appear once, under the name transformers ties to.
         scratch: folder for temporary files, the system's by default.
         unexpected: stored names that the model has no place for.
     """
 
-    def __init__(self, source: Source, skeleton: PreTrainedModel):
-        self.source, self._skeleton = source, skeleton
+    def __init__(self, source: Source):
+        self.source = source
+        self.infos: dict[str, TensorInfo] = {}
         self.scratch: Path | None = None
         self.unexpected: list[str] = []
-        self.infos: dict[str, TensorInfo] = {}
+
+    @property
+    def touched(self) -> Collection[str]:
+        """Names of the tensors that may differ from the base's."""
+        return self.infos.keys()
+
+    @property
+    def own(self) -> Collection[str]:
+        """Names of the tensors that it wants for itself."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it takes on disk."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    @property
+    def largest_conversion(self) -> int:
+        """Bytes of the largest tensor that has to be made of others in memory; 0 where all are read as they are."""
+        return 0
+
+    def check_tied(self) -> None:
+        """Raise if tensors that the configuration ties are stored with different values; here they are stored once."""
+
+    def deviation(self, name: str) -> Tensor | StoredVector:
+        """What is elected: the tensor, or what is known of its difference from the base's."""
+        return self.read(name)
+
+    def extras(self) -> dict[str, Any]:
+        """What the repo's configuration records of the task beside the usual."""
+        return {}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from a file where there is one."""
+        raise NotImplementedError
+
+
+class Checkpoint(NamedTensors):
+    """The tensors of a whole checkpoint, under the names they have in `skeleton`."""
+
+    def __init__(self, source: Source, skeleton: PreTrainedModel):
+        super().__init__(source)
+        self._skeleton = skeleton
         self._groups: dict[str, _Group] = {}
         self._spilled: dict[str, Tensor] = {}
         for group in self._make_groups():
@@ -144,21 +188,6 @@ class Checkpoint:
         return both
 
     @property
-    def touched(self) -> Collection[str]:
-        """Names of the tensors that may differ from the base's."""
-        return self.infos.keys()
-
-    @property
-    def own(self) -> Collection[str]:
-        """Names of the tensors that it wants for itself."""
-        return ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what it takes on disk."""
-        return sum(info.nbytes for info in self.infos.values())
-
-    @property
     def largest_conversion(self) -> int:
         """Bytes of the largest tensor that has to be made of others in memory; 0 where all are read as they are."""
         converted = (name for name, group in self._groups.items() if group.converter and name in self.infos)
@@ -172,14 +201,6 @@ class Checkpoint:
                     f"{self.source.label}: {alias} and {name} differ, but the configuration ties them "
                     "(tie_word_embeddings=true): correct the checkpoint's config.json"
                 )
-
-    def deviation(self, name: str) -> Tensor | StoredVector:
-        """What is elected: the tensor, or what is known of its difference from the base's."""
-        return self.read(name)
-
-    def extras(self) -> dict[str, Any]:
-        """What the repo's configuration records of the task beside the usual."""
-        return {}
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from a file where there is one."""

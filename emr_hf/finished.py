@@ -20,7 +20,7 @@ from .adapters.delta import AdapterCheckpoint
 from .adapters.layers import adapted_layers, plain_name
 from .bits import StoredVector
 from .checking import check_finetune, common_architecture, config_differences, fill_plan, finetune_of, use_vectors
-from .checkpoint import Checkpoint, build_skeleton
+from .checkpoint import Checkpoint, NamedTensors, build_skeleton
 from .configuration import EMRConfig, repo_config
 from .errors import MismatchError
 from .plan import Plan
@@ -114,7 +114,7 @@ class FinishedRepo:
         """What the repo has kept of a task, where weights are merged, under the names of a skeleton."""
         return FinishedTask(self.source(task), self, self._base_checkpoint(skeleton))
 
-    def _base_checkpoint(self, skeleton: PreTrainedModel) -> Checkpoint:
+    def _base_checkpoint(self, skeleton: PreTrainedModel) -> NamedTensors:
         return FinishedBase(self.base, self.config) if self.layout == "model" else Checkpoint(self.base, skeleton)
 
     def _common_vectors(self, plan: Plan) -> dict[str, Any]:
@@ -154,11 +154,11 @@ class FinishedRepo:
         )
 
 
-class FinishedBase(Checkpoint):
+class FinishedBase(NamedTensors):
     """The base in a repo, under the names it has without (IA)³ layers."""
 
     def __init__(self, source: Source, config: EMRConfig):
-        self.source, self.scratch, self.unexpected = source, None, []
+        super().__init__(source)
         prefix = model_name("")
         names = [name.removeprefix(prefix) for name in source.storage.infos if name.startswith(prefix)]
         self._stored = {
@@ -166,22 +166,15 @@ class FinishedBase(Checkpoint):
         }
         self.infos = {name: source.storage.infos[stored] for name, stored in self._stored.items()}
 
-    @property
-    def largest_conversion(self) -> int:
-        return 0
-
-    def check_tied(self) -> None:
-        """They are stored once."""
-
     def read(self, name: str) -> Tensor:
         return self.source.storage.read(self._stored[name])
 
 
-class FinishedTask(Checkpoint):
+class FinishedTask(NamedTensors):
     """What a repo has kept of a task."""
 
-    def __init__(self, source: Source, repo: FinishedRepo, base: Checkpoint):
-        self.source, self.scratch, self.unexpected = source, None, []
+    def __init__(self, source: Source, repo: FinishedRepo, base: NamedTensors):
+        super().__init__(source)
         self._base, self._entry, self._storage = base, repo.config.entry(source.label), repo.storage
         self._folder = repo.folder
         self._merged = set(repo.config.merged_parameters or [])
@@ -207,13 +200,6 @@ class FinishedTask(Checkpoint):
     def nbytes(self) -> int:
         names = [mask_name(self.key, name) for name in self._merged] + [*self._private.values()]
         return sum(self._storage.infos[name].nbytes for name in names)
-
-    @property
-    def largest_conversion(self) -> int:
-        return 0
-
-    def check_tied(self) -> None:
-        """They are stored once."""
 
     def extras(self) -> dict[str, Any]:
         settings = self._entry.get("generation_config")

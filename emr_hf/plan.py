@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import election
-from .checkpoint import Checkpoint
+from .checkpoint import NamedTensors
 from .recipe import Recipe
 from .repo import part_of
 from .report import human
@@ -43,8 +43,8 @@ class Plan:
     """
 
     recipe: Recipe
-    base: Checkpoint
-    finetunes: dict[str, Checkpoint]
+    base: NamedTensors
+    finetunes: dict[str, NamedTensors]
     architecture: str
     config: PreTrainedConfig
     skeleton: PreTrainedModel

@@ -10,14 +10,13 @@ import ctypes
 from collections.abc import Collection
 from contextlib import suppress
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import Checkpoint, spill, tied_names
+from ..checkpoint import NamedTensors, spill, tied_names
 from ..election import torch_threads
 from ..errors import CheckpointError, MismatchError, nearest, one_line
 from ..sources import Source
@@ -35,7 +34,7 @@ from .layers import (
 )
 
 
-class AdapterCheckpoint(Checkpoint):
+class AdapterCheckpoint(NamedTensors):
     """The weights of a base with one adapter merged into it, one module at a time.
 
     Attributes:
@@ -43,13 +42,12 @@ class AdapterCheckpoint(Checkpoint):
         values: name in the skeleton with these layers -> stored name.
     """
 
-    def __init__(self, source: Source, skeleton: PreTrainedModel, base: Checkpoint):
+    def __init__(self, source: Source, skeleton: PreTrainedModel, base: NamedTensors):
         assert source.adapter is not None
-        self.source, self._base = source, base
-        self.scratch: Path | None = None
+        super().__init__(source)
+        self._base = base
         # PEFT's own merge runs on these, and a convolution's last bit depends on them.
         self._threads = torch.get_num_threads()
-        self.unexpected: list[str] = []
         model, config = injected_copy(source, skeleton)
         self.layers: dict[str, Any] = dict(adapted_layers(model))
         self._whole: dict[str, str]  # name in memory -> stored name
@@ -160,9 +158,6 @@ class AdapterCheckpoint(Checkpoint):
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.source.storage.infos.values())
-
-    def check_tied(self) -> None:
-        """Tied tensors are the base's."""
 
     def read(self, name: str) -> Tensor:
         """The tensor: the base's, the adapter's own, or what merging its module gives, float32."""

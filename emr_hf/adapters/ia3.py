@@ -10,15 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import Checkpoint
-from ..sources import Source
+from ..checkpoint import NamedTensors
 from ..storage import TensorInfo
 from .delta import AdapterCheckpoint
 from .layers import ADAPTER, adapted_layers, inject, plain_name
@@ -85,7 +83,7 @@ def vector_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if VECTOR in name]
 
 
-class VectorCheckpoint(Checkpoint):
+class VectorCheckpoint(NamedTensors):
     """A base or an (IA)³ adapter of it, under the names of a skeleton with vectors.
 
     Args:
@@ -93,9 +91,8 @@ class VectorCheckpoint(Checkpoint):
         skeleton: see [`vector_skeleton`].
     """
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: PreTrainedModel):
-        self.source: Source = checkpoint.source
-        self.scratch: Path | None = None
+    def __init__(self, checkpoint: NamedTensors, skeleton: PreTrainedModel):
+        super().__init__(checkpoint.source)
         self.unexpected = checkpoint.unexpected
         self._checkpoint = checkpoint
         self._vectors = {name: tuple(skeleton.get_parameter(name).shape) for name in vector_names(skeleton)}
@@ -124,10 +121,6 @@ class VectorCheckpoint(Checkpoint):
     @property
     def nbytes(self) -> int:
         return self._checkpoint.nbytes
-
-    @property
-    def largest_conversion(self) -> int:
-        return 0
 
     def check_tied(self) -> None:
         self._checkpoint.check_tied()
