@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import kernels
+
 # Elements rebuilt at a time on the CPU: small enough for the cache and for torch to stay on one thread.
 _CHUNK = 1 << 15
 
@@ -22,8 +24,12 @@ def packed_size(numel: int) -> int:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Pack a bool tensor of any shape into a uint8 tensor of `(ceil(numel / 8),)`, on the CPU."""
-    return torch.from_numpy(np.packbits(mask.reshape(-1).cpu().numpy(), bitorder="little"))
+    """Pack a bool tensor of any shape into a uint8 tensor of `(ceil(numel / 8),)`, on its device."""
+    flat = mask.reshape(-1)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -57,21 +63,30 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Te
         `out`.
     """
     out = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
-    device, numel = out.device, base.numel()
+    device = out.device
     # Subtracting a masked +0.0 keeps every base as it is, -0.0 too; adding one would turn -0.0 into 0.0.
     minus_rescaler = -rescaler.to(device, torch.float32)
     target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=device)
     flat_out, flat_base, flat_tau = (t.detach().reshape(-1) for t in (target, base, tau))
-    step = _CHUNK if device.type == "cpu" else max(numel, 1)
-    for start in range(0, numel, step):
-        part = slice(start, min(start + step, numel))
-        delta = flat_tau[part].to(device, torch.float32) * minus_rescaler
-        keep = _unpack_flat(packed, part.start, part.stop).to(device, torch.int32).neg_()  # 0 or all ones
-        delta.view(torch.int32).bitwise_and_(keep)
-        flat_out[part] = flat_base[part].to(device, torch.float32) - delta
+    if kernels.takes(flat_out, flat_base, flat_tau) and packed.device.type == "cpu":
+        kernels.rebuild(flat_base, flat_tau, packed.contiguous(), float(minus_rescaler), flat_out)
+    else:
+        _rebuild_with_torch(flat_base, flat_tau, packed, minus_rescaler, flat_out)
     if target is not out:
         out.detach().copy_(target)
     return out
+
+
+def _rebuild_with_torch(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: Tensor, out: Tensor) -> None:
+    """[`rebuild`] of flat tensors, by its definition."""
+    device, numel = out.device, out.numel()
+    step = _CHUNK if device.type == "cpu" else max(numel, 1)
+    for start in range(0, numel, step):
+        part = slice(start, min(start + step, numel))
+        delta = tau[part].to(device, torch.float32) * minus_rescaler
+        keep = _unpack_flat(packed, part.start, part.stop).to(device, torch.int32).neg_()  # 0 or all ones
+        delta.view(torch.int32).bitwise_and_(keep)
+        out[part] = base[part].to(device, torch.float32) - delta
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_overwrite(sub)
     _add_layout(sub)
     _add_format(sub)
+    sub.add_argument("--threads", type=int, help="to work with (default: as many as torch has)")
+    sub.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: %(default)s)")
     sub = verb(
         "add", _add, "add a task to a merged repo, without its other finetunes", "repo", "task", "finetune", "out"
     )
@@ -130,7 +132,10 @@ def _merge(options: argparse.Namespace) -> None:
 
     checked = check(Recipe.load(options.recipe), options.out, options.overwrite, options.save_as)
     print(checked, file=sys.stderr)
-    _show(merging.run(checked, options.out, overwrite=options.overwrite), options.format)
+    report = merging.run(
+        checked, options.out, overwrite=options.overwrite, threads=options.threads, device=options.device
+    )
+    _show(report, options.format)
 
 
 def _add(options: argparse.Namespace) -> None:

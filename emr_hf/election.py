@@ -15,20 +15,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import bits, kernels
 from .bits import StoredVector
 from .errors import NonFiniteError, OptionError
+from .threads import run_all
 
 RESCALERS = ("global", "tensor_mean")
 TAU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Elements of all tasks' vectors together that are worked on at a time: few enough for the cache, whatever N.
-CHUNK = 1 << 18
+# How lambda is rounded must depend neither on the number of threads nor on how much is worked on at a time. So terms
+# are summed exactly within segments (see `exact_sums`), segments in order within units, and units by `math.fsum`.
+# What is worked on at a time is whole units. The compiled election knows these two numbers too.
+SEGMENT = 1 << 10
+UNIT = 1 << 14
+
+# Elements that a thread works on at a time: compiled, and in torch of all tasks together, few enough for the cache.
+BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def _exact_sums(columns: Tensor) -> Tensor:
         total = new
     if rounded.any():
         exact = [math.fsum(column) for column in columns[:, rounded].T.tolist()]
-        total[rounded] = torch.tensor(exact, dtype=torch.float64)
+        total[rounded] = torch.tensor(exact, dtype=torch.float64, device=total.device)
     return total
 
 
@@ -167,70 +176,181 @@ def rescaler(parts: Sequence[Sums], mode: str = "global") -> float:
 
 
 @dataclass
-class Elected:
-    """Some elements of a tensor after the election.
+class Partial:
+    """What some elements of a tensor add to the sums; `units` is `ceil(n / UNIT)`.
 
     Attributes:
-        where: which elements of the flat tensor.
-        tau: the unified vector, `(n,)`, in the dtype it will be stored in.
-        masks: `(N, n)` bool.
-        sums: one a task.
-        square: sum tau^2 before rounding to that dtype.
-        square_rounding: sum of the squares of what the rounding changed.
+        sums: `(units, N, 5)` float64: for each task sum |tau_t|, sum M_t |tau|, sum tau_t^2, sum M_t tau^2 and
+            sum tau_t M_t tau.
+        counts: `(N, 2)` int64: elements that moved, and elements in the mask.
+        squares: `(units, 2)` float64: sum tau^2 before rounding to a narrower dtype than float32, and the sum of the
+            squares of what the rounding changed; zeros where nothing is rounded.
+        numel: the elements.
     """
 
-    where: slice
-    tau: Tensor
-    masks: Tensor
-    sums: list[Sums]
+    sums: Tensor
+    counts: Tensor
+    squares: Tensor
+    numel: int
+
+    @classmethod
+    def empty(cls, numel: int, tasks: int) -> Partial:
+        units = -(-numel // UNIT)
+        return cls(
+            sums=torch.zeros(units, tasks, 5, dtype=torch.float64),
+            counts=torch.zeros(tasks, 2, dtype=torch.int64),
+            squares=torch.zeros(units, 2, dtype=torch.float64),
+            numel=numel,
+        )
+
+
+@dataclass
+class TensorSums:
+    """Sums over a tensor: one a task, and those of `Partial.squares`."""
+
+    tasks: list[Sums]
     square: float
     square_rounding: float
 
+    @classmethod
+    def total(cls, parts: Sequence[Partial]) -> TensorSums:
+        """Over the tensor's blocks, in any order."""
+        numel = sum(part.numel for part in parts)
+        counts = torch.stack([part.counts for part in parts]).sum(0).tolist()
+        columns = torch.cat([part.sums for part in parts]).permute(1, 2, 0).tolist()  # (N, 5, units)
+        square, rounding = (math.fsum(column) for column in torch.cat([part.squares for part in parts]).T.tolist())
+        tasks = [Sums(numel, *count, *map(math.fsum, rows)) for count, rows in zip(counts, columns)]
+        return cls(tasks, square, rounding)
 
-def elect_chunk(
-    base: Tensor, finetunes: Sequence[Tensor | TaskVector], tau_dtype: torch.dtype = torch.float32, start: int = 0
-) -> Elected:
+
+def exact_sums(terms: Tensor, largest: Tensor) -> Tensor:
+    """Sums whose order cannot matter, so that any device, thread and instruction set has the same bits.
+
+    Each term is first rounded to a multiple of its segment's quantum, 2^-43 to 2^-42 of the segment's largest term:
+    sums of these are exact in float64 (Demmel and Nguyen 2013, "Fast reproducible floating-point summation").
+
+    Args:
+        terms: `(..., n)` float64, not negative.
+        largest: `(..., segments)` float64: no term of a segment is larger than its entry. `segments` is
+            `ceil(n / SEGMENT)`.
+
+    Returns:
+        `(..., units)` float64.
+    """
+    units = -(-terms.shape[-1] // UNIT)
+    big = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent + 9)[..., None]
+    segments = _in_segments(terms)
+    sums = ((segments + big) - big).sum(-1)
+    sums = torch.nn.functional.pad(sums, (0, units * (UNIT // SEGMENT) - sums.shape[-1]))
+    in_units = sums.reshape(*sums.shape[:-1], units, UNIT // SEGMENT)
+    total = torch.zeros_like(in_units[..., 0])
+    for segment in in_units.unbind(-1):
+        total += segment
+    return total
+
+
+def _in_segments(values: Tensor) -> Tensor:
+    """`(..., n)` as `(..., segments, SEGMENT)`, filled up with zeros."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % SEGMENT))
+    return padded.reshape(*values.shape[:-1], -1, SEGMENT)
+
+
+def elect_block(
+    base: Tensor,
+    finetunes: Sequence[Tensor | TaskVector],
+    tau: Tensor,
+    masks: Sequence[Tensor],
+    start: int = 0,
+    device: torch.device | str = "cpu",
+) -> Partial:
     """Elect some elements of a tensor.
 
     Args:
         base: `(n,)`, any float dtype.
         finetunes: N tensors of `(n,)`, any float dtype, or task vectors.
-        tau_dtype: the dtype the unified vector will be stored in; masks and sums are those of the rounded vector.
+        tau: `(n,)`, where the unified vector is written, in the dtype it is stored in; masks and sums are those of the
+            rounded vector.
+        masks: N tensors of `(ceil(n / 8),)` uint8, where the packed masks are written.
         start: where the inputs stand in the flat tensor.
+        device: where to do the work; the result is the same to the bit.
 
     Raises:
         NonFiniteError: a NaN or Inf in an input; its `source` is -1 for the base, else the task's position.
-        OptionError: the unified vector overflows `tau_dtype`.
+        OptionError: the unified vector overflows its dtype.
     """
+    part = Partial.empty(base.numel(), len(finetunes))
+    if base.numel() == 0:
+        return part
+    if torch.device(device).type == "cpu" and kernels.takes(tau, *masks):
+        done = kernels.elect(
+            _plain(base),
+            [_plain(given.values if isinstance(given, TaskVector) else given) for given in finetunes],
+            [isinstance(given, TaskVector) for given in finetunes],
+            tau,
+            masks,
+            part.sums,
+            part.counts,
+            part.squares,
+        )
+        if done:
+            return part
+    return _elect_with_torch(base, finetunes, tau, masks, start, device)  # which says what is wrong, if anything is
+
+
+def _plain(values: Tensor) -> Tensor:
+    """What the compiled loops take."""
+    return values if kernels.takes(values) else values.to(torch.float32).contiguous()
+
+
+def _elect_with_torch(
+    base: Tensor,
+    finetunes: Sequence[Tensor | TaskVector],
+    tau_out: Tensor,
+    masks_out: Sequence[Tensor],
+    start: int,
+    device: torch.device | str,
+) -> Partial:
+    """[`elect_block`], by its definition."""
+    base = base.to(device)
+    finetunes = [
+        TaskVector(given.values.to(device)) if isinstance(given, TaskVector) else given.to(device)
+        for given in finetunes
+    ]
     taus = torch.stack([task_vector(finetune, base) for finetune in finetunes])  # (N, n)
-    wide = taus.to(torch.float64)  # squares of small float32 numbers underflow in float32
-    abs_tau = wide.abs().sum(1)
-    if not torch.isfinite(abs_tau).all():
+    abs_tau = taus.abs().to(torch.float64)  # squares of small float32 numbers underflow in float32
+    largest = _in_segments(abs_tau).amax(-1)
+    if not torch.isfinite(largest).all():
         raise _non_finite(base, finetunes, taus, start)
     exact = elect(taus)
-    tau = exact.to(tau_dtype)
+    tau = exact.to(tau_out.dtype)
     used = tau.to(torch.float32)
     if not torch.isfinite(used).all():
-        raise OptionError(f"the unified task vector overflows {tau_dtype}: choose tau_dtype='float32' or 'bfloat16'")
+        raise OptionError(f"the unified task vector overflows {tau.dtype}: choose tau_dtype='float32' or 'bfloat16'")
     masks = mask(taus, used)  # (N, n)
-    kept = masks * used.abs().to(torch.float64)  # |tau| in the mask
-    columns = zip(
-        taus.count_nonzero(1).tolist(),
-        masks.count_nonzero(1).tolist(),
-        abs_tau.tolist(),
-        kept.sum(1).tolist(),
-        torch.linalg.vecdot(wide, wide).tolist(),  # row by row: a matrix product's rounding depends on the row's place
-        torch.linalg.vecdot(kept, kept).tolist(),
-        torch.linalg.vecdot(wide.abs_(), kept).tolist(),
-    )
-    return Elected(
-        where=slice(start, start + base.numel()),
-        tau=tau,
-        masks=masks,
-        sums=[Sums(base.numel(), *row) for row in columns],
-        square=float(exact.double().square().sum()),
-        square_rounding=float((exact.double() - used).square().sum()),
-    )
+    tau_out.copy_(tau)
+    for mask_out, task_mask in zip(masks_out, masks):
+        mask_out.copy_(bits.pack(task_mask))
+    abs_used = used.abs().to(torch.float64)
+    largest_used = _in_segments(abs_used).amax(-1)
+    kept = masks * abs_used  # |tau| in the mask
+    part = Partial.empty(base.numel(), len(finetunes))
+    for column, (terms, bound) in enumerate(
+        (
+            (abs_tau, largest),
+            (kept, largest_used),
+            (abs_tau.square(), largest.square()),
+            (kept.square(), largest_used.square()),
+            (abs_tau * kept, largest * largest_used),
+        )
+    ):
+        part.sums[..., column] = exact_sums(terms, bound.expand(len(taus), -1)).T
+    part.counts[:, 0] = taus.count_nonzero(1)
+    part.counts[:, 1] = masks.count_nonzero(1)
+    if tau.dtype != torch.float32:
+        for column, values in enumerate((exact, exact - used)):
+            terms = values.to(torch.float64).square()
+            part.squares[:, column] = exact_sums(terms, _in_segments(terms).amax(-1))
+    return part
 
 
 def first_non_finite(values: Tensor) -> int | None:
@@ -248,12 +368,11 @@ def _non_finite(base: Tensor, finetunes: Sequence[Tensor | TaskVector], taus: Te
     return NonFiniteError(task, start + index, float(taus[task, index]))
 
 
-def chunk_size(tasks: int) -> int:
-    """Elements of a tensor elected at a time: a multiple of 8, so that every chunk's masks end on a whole byte.
-
-    Sums are taken chunk by chunk, so this is part of how lambda is rounded; every way into the election has the same.
-    """
-    return max(CHUNK // tasks // 8, 1) * 8
+def block_size(tasks: int, device: torch.device | str = "cpu") -> int:
+    """Elements of a tensor elected at a time: whole units."""
+    if torch.device(device).type != "cpu":
+        return max(64 * BLOCK // tasks // UNIT, 1) * UNIT
+    return BLOCK if kernels.available() else max(BLOCK // tasks // UNIT, 1) * UNIT
 
 
 @contextmanager
@@ -267,28 +386,41 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def one_torch_thread() -> AbstractContextManager[None]:
-    """Elect on one thread: chunks are too small to share, and waiting for a busy core costs many times the work."""
-    return torch_threads(1)
+@dataclass
+class TensorElection:
+    """The election of one tensor, a block at a time, in any order and by any thread.
 
-
-def elect_tensor(
-    base: Tensor, finetunes: Sequence[Tensor | StoredVector], tau_dtype: torch.dtype = torch.float32
-) -> Iterator[Elected]:
-    """Elect a tensor chunk by chunk, reading each input once, in order.
-
-    Args:
+    Attributes:
         base: any shape and float dtype; read as if flat.
         finetunes: N tensors of the base's shape, or what a merge has kept of one.
-        tau_dtype: as for [`elect_chunk`], which says what is raised.
+        tau, masks: where the unified vector and the packed masks are written, as for [`elect_block`], which says what
+            is raised.
+        device: where the work is done.
     """
-    flat = base.reshape(-1)
-    inputs = [given if isinstance(given, StoredVector) else given.reshape(-1) for given in finetunes]
-    step = chunk_size(len(finetunes))
-    for start in range(0, base.numel(), step):
-        part = slice(start, min(start + step, base.numel()))
-        chunk = [TaskVector(given[part]) if isinstance(given, StoredVector) else given[part] for given in inputs]
-        yield elect_chunk(flat[part], chunk, tau_dtype, start)
+
+    base: Tensor
+    finetunes: Sequence[Tensor | StoredVector]
+    tau: Tensor
+    masks: Sequence[Tensor]
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.base, self.tau = self.base.reshape(-1), self.tau.view(-1)
+        self.finetunes = [given if isinstance(given, StoredVector) else given.reshape(-1) for given in self.finetunes]
+
+    def blocks(self) -> list[slice]:
+        """Pieces of the flat tensor; one of no elements for an empty tensor."""
+        numel, step = self.base.numel(), block_size(len(self.finetunes), self.device)
+        return [slice(start, min(start + step, numel)) for start in range(0, max(numel, 1), step)]
+
+    def run(self, block: slice) -> Partial:
+        """Elect one of the blocks."""
+        inputs = [
+            TaskVector(given[block]) if isinstance(given, StoredVector) else given[block] for given in self.finetunes
+        ]
+        packed = slice(block.start // 8, bits.packed_size(block.stop))
+        masks = [mask[packed] for mask in self.masks]
+        return elect_block(self.base[block], inputs, self.tau[block], masks, block.start, self.device)
 
 
 @dataclass
@@ -337,9 +469,12 @@ def merge_state_dicts(
         raise OptionError("nothing to merge: the base and the finetunes have no floating-point tensor in common")
     result = Merge(masks={task: {} for task in finetunes})
     sums = []
-    with one_torch_thread():
+    threads = torch.get_num_threads()
+    with torch_threads(1):  # blocks are too small to share, and waiting for a busy core costs many times the work
         for name in names:
-            tau, masks, tensor_sums = _merge_tensor(name, base[name], {t: sd[name] for t, sd in finetunes.items()})
+            tau, masks, tensor_sums = _merge_tensor(
+                name, base[name], {t: sd[name] for t, sd in finetunes.items()}, threads
+            )
             result.tau[name] = tau
             for task, task_mask in zip(finetunes, masks):
                 result.masks[task][name] = task_mask
@@ -361,16 +496,14 @@ def shared_names(base: Mapping[str, Tensor], finetunes: Mapping[str, Mapping[str
     return [name for name in base if all(fits(name, weights) for weights in (base, *finetunes.values()))]
 
 
-def _merge_tensor(name: str, base: Tensor, finetunes: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor], list[Sums]]:
+def _merge_tensor(
+    name: str, base: Tensor, finetunes: Mapping[str, Tensor], threads: int
+) -> tuple[Tensor, list[Tensor], list[Sums]]:
     tau = torch.zeros(base.shape)
-    masks = [torch.zeros(base.shape, dtype=torch.bool) for _ in finetunes]
-    sums = [[Sums()] for _ in finetunes]
+    packed = [torch.zeros(bits.packed_size(base.numel()), dtype=torch.uint8) for _ in finetunes]
+    election = TensorElection(base, list(finetunes.values()), tau, packed)
     try:
-        for chunk in elect_tensor(base, list(finetunes.values())):
-            tau.view(-1)[chunk.where] = chunk.tau
-            for task, part in enumerate(chunk.masks):
-                masks[task].view(-1)[chunk.where] = part
-                sums[task].append(chunk.sums[task])
+        parts = list(run_all((partial(election.run, block) for block in election.blocks()), threads))
     except NonFiniteError as error:
         raise error.located(name, base.shape, ["base", *finetunes][error.source + 1]) from None
-    return tau, masks, [Sums.total(task_sums) for task_sums in sums]
+    return tau, [bits.unpack(mask, base.shape) for mask in packed], TensorSums.total(parts).tasks

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from . import bits, election
+from . import election
 from .adapters.export import save_adapters
 from .checking import check
 from .configuration import EMRConfig, task_entry
-from .election import Sums
-from .errors import NonFiniteError
+from .election import Partial, Sums, TensorElection, TensorSums, torch_threads
+from .errors import NonFiniteError, OptionError, one_line
 from .heads import auto_map, wrapper_name
 from .hub import carry_files, write_repo_files
 from .plan import Plan, dtype_name
@@ -37,6 +41,7 @@ from .repo import (
 )
 from .report import MergeReport, TaskReport
 from .sources import Reference, Source
+from .threads import run_all
 
 
 def merge(
@@ -52,6 +57,8 @@ def merge(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     progress: bool | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> MergeReport:
     """Merge finetunes of one base into a repo (EMR-Merging, arXiv 2405.17461).
 
@@ -69,6 +76,8 @@ def merge(
         rescale, tau_dtype, default_task, private, max_shard_size: see [`Recipe`].
         overwrite (*optional*): replace a merged repo at `out`.
         progress (*optional*): whether to show a progress bar; by default where stderr is a terminal.
+        threads (*optional*): to work with, as many as torch has by default. The result is the same to the bit.
+        device (*optional*, defaults to `"cpu"`): where to compute, such as `"cuda"`. The result is the same.
 
     Returns:
         the report that is also saved in the repo.
@@ -77,7 +86,9 @@ def merge(
         EMRError: of the subclass that says what kind of input is wrong; nothing is left on disk.
     """
     recipe = Recipe(base, finetunes, rescale, tau_dtype, default_task, private, max_shard_size)
-    return merge_recipe(recipe, out, save_as=save_as, overwrite=overwrite, progress=progress)
+    return merge_recipe(
+        recipe, out, save_as=save_as, overwrite=overwrite, progress=progress, threads=threads, device=device
+    )
 
 
 def merge_recipe(
@@ -87,14 +98,42 @@ def merge_recipe(
     save_as: str = "model",
     overwrite: bool = False,
     progress: bool | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> MergeReport:
     """[`merge`], for a [`Recipe`]."""
-    return run(check(recipe, out, overwrite, save_as), out, overwrite=overwrite, progress=progress)
+    working_device(threads, device)  # before any reading
+    plan = check(recipe, out, overwrite, save_as)
+    return run(plan, out, overwrite=overwrite, progress=progress, threads=threads, device=device)
 
 
-def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: bool | None = None) -> MergeReport:
+def run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    threads: int | None = None,
+    device: torch.device | str = "cpu",
+) -> MergeReport:
     """Carry out a plan of [`check`]; see [`merge`]."""
-    return write_repo(plan, out, overwrite, lambda writer: elect(plan, writer, progress))
+    device = working_device(threads, device)
+    return write_repo(plan, out, overwrite, lambda writer: elect(plan, writer, progress, threads, device))
+
+
+def working_device(threads: int | None, device: torch.device | str) -> torch.device:
+    """Where to work.
+
+    Raises:
+        OptionError: this machine has no such device, or there is no such number of threads.
+    """
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads={threads}: expected at least 1")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(f"device={device!r}: {one_line(error)}") from None
+    return torch.device(device)
 
 
 @torch.no_grad()
@@ -132,10 +171,17 @@ def write_repo(
     return report
 
 
-def elect(plan: Plan, writer: WeightsWriter, progress: bool | None) -> MergeReport:
+def elect(
+    plan: Plan,
+    writer: WeightsWriter,
+    progress: bool | None,
+    threads: int | None = None,
+    device: torch.device | str = "cpu",
+) -> MergeReport:
     """Elect the merged tensors into the files of a repo."""
-    with election.one_torch_thread():
-        sums, tau_rounding = _write_merged(plan, writer, progress)
+    count = torch.get_num_threads() if threads is None else threads
+    with torch_threads(1):  # blocks are too small to share, and waiting for a busy core costs many times the work
+        sums, tau_rounding = _write_merged(plan, writer, progress, count, device)
     return _report(plan, sums, tau_rounding)
 
 
@@ -151,44 +197,55 @@ def _base_location(plan: Plan) -> tuple[str, str | None]:
     return (str(base.folder.resolve()) if base.folder else str(base.config.name_or_path or base.name)), None
 
 
-def _write_merged(plan: Plan, writer: WeightsWriter, progress: bool | None) -> tuple[dict[str, list[Sums]], float]:
+def _write_merged(
+    plan: Plan, writer: WeightsWriter, progress: bool | None, threads: int, device: torch.device | str
+) -> tuple[dict[str, list[Sums]], float]:
     """Elect every merged tensor into the files; returns each task's sums by tensor, and what rounding tau cost."""
     sums: dict[str, list[Sums]] = {task: [] for task in plan.tasks}
-    square = square_rounding = 0.0
+    squares, squares_rounding = [], []
     total = sum(plan.base.infos[name].numel for name in plan.merged)
     disable = None if progress is None else not progress
     with tqdm(total=total, desc="merging", unit=" elements", unit_scale=True, disable=disable) as bar:
-        for name in plan.merged:
-            chunks: list[list[Sums]] = []
-            for chunk in _write_tensor(plan, writer, name):
-                chunks.append(chunk.sums)
-                square += chunk.square
-                square_rounding += chunk.square_rounding
-                bar.update(chunk.where.stop - chunk.where.start)
-            for task, parts in zip(plan.tasks, zip(*chunks)):
-                sums[task].append(Sums.total(parts))
-    return sums, (square_rounding / square) ** 0.5 if square else 0.0
+        jobs = (job for name in plan.merged for job in _jobs(plan, writer, name, device))
+        for _, results in groupby(run_all(jobs, threads), key=itemgetter(0)):
+            parts = []
+            for _, part in results:
+                parts.append(part)
+                bar.update(part.numel)
+            found = TensorSums.total(parts)
+            for task, task_sums in zip(plan.tasks, found.tasks):
+                sums[task].append(task_sums)
+            squares.append(found.square)
+            squares_rounding.append(found.square_rounding)
+    square = math.fsum(squares)
+    return sums, (math.fsum(squares_rounding) / square) ** 0.5 if square else 0.0
 
 
-def _write_tensor(plan: Plan, writer: WeightsWriter, name: str) -> Iterator[election.Elected]:
-    tau_out = writer.view(tau_name(name)).view(-1)
-    base_out = writer.view(model_name(name)).view(-1) if plan.save_as == "model" else None
-    mask_outs = [writer.view(mask_name(key, name)) for key in plan.task_keys.values()]
-    finetunes = [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
+def _jobs(
+    plan: Plan, writer: WeightsWriter, name: str, device: torch.device | str
+) -> Iterator[Callable[[], tuple[str, Partial]]]:
+    """The blocks of a merged tensor, each to be elected into the files; a job returns the name and its sums."""
     # Task vectors are differences from the base as it is stored: what they are added to again.
     base = plan.base.read(name).to(plan.stored_dtype(name))
-    tau_dtype = election.TAU_DTYPES[plan.recipe.tau_dtype]
-    try:
-        for chunk in election.elect_tensor(base, finetunes, tau_dtype):
-            if base_out is not None:
-                base_out[chunk.where] = base.reshape(-1)[chunk.where]
-            tau_out[chunk.where] = chunk.tau
-            packed = slice(chunk.where.start // 8, bits.packed_size(chunk.where.stop))
-            for mask_out, mask in zip(mask_outs, chunk.masks):
-                mask_out[packed] = bits.pack(mask)
-            yield chunk
-    except NonFiniteError as error:
-        raise error.located(name, base.shape, ["base", *plan.tasks][error.source + 1]) from None
+    base_out = writer.view(model_name(name)).view(-1) if plan.save_as == "model" else None
+    election = TensorElection(
+        base,
+        [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()],
+        writer.view(tau_name(name)),
+        [writer.view(mask_name(key, name)) for key in plan.task_keys.values()],
+        device,
+    )
+
+    def job(block: slice) -> tuple[str, Partial]:
+        try:
+            part = election.run(block)
+        except NonFiniteError as error:
+            raise error.located(name, base.shape, ["base", *plan.tasks][error.source + 1]) from None
+        if base_out is not None:
+            base_out[block] = election.base[block]  # while it is in the cache
+        return name, part
+
+    return (partial(job, block) for block in election.blocks())
 
 
 def _write_private(plan: Plan, writer: WeightsWriter) -> None:

@@ -94,7 +94,7 @@ class Plan:
     def memory(self) -> int:
         """Estimate of the private memory that the merge's tensors need, bytes; mapped files are not counted."""
         checkpoints = [self.base, *self.finetunes.values()]
-        return 128 * election.CHUNK + 2 * max(checkpoint.largest_conversion for checkpoint in checkpoints)
+        return 128 * election.BLOCK + 2 * max(checkpoint.largest_conversion for checkpoint in checkpoints)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         return self.dtypes[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -152,15 +153,43 @@ def test_an_all_zero_task_vector_has_rescaler_one_and_an_empty_mask():
     assert merge.sums["same"].relative_error(1.0) == 0.0
 
 
-def test_chunks_do_not_show():
-    step = election.chunk_size(3)
-    size = step * 2 + 5
-    base = torch.randn(size)
-    finetunes = [base + torch.randn(size) for _ in range(3)]
-    chunks = list(election.elect_tensor(base, finetunes))
+def elected_in_blocks(base, finetunes, blocks, tau_dtype=torch.float32):
+    """Vector, masks and sums of a tensor, block by block; each block is a number of units."""
+    tau = torch.empty(base.shape, dtype=tau_dtype)
+    masks = [torch.empty(bits.packed_size(len(base)), dtype=torch.uint8) for _ in finetunes]
+    tensor = election.TensorElection(base, finetunes, tau, masks)
+    starts = [0, *itertools.accumulate(units * election.UNIT for units in blocks)]
+    parts = [tensor.run(slice(start, min(stop, len(base)))) for start, stop in itertools.pairwise(starts)]
+    return tau, masks, election.TensorSums.total(parts[::-1])
+
+
+@pytest.mark.parametrize("tau_dtype", [torch.float32, torch.bfloat16])
+def test_neither_blocks_nor_their_order_show(tau_dtype):
+    size = election.UNIT * 3 + 1029
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(size, generator=generator)
+    finetunes = [base + torch.randn(size, generator=generator) for _ in range(3)]
+    whole = elected_in_blocks(base, finetunes, [4], tau_dtype)
+    for blocks in ([1, 1, 1, 1], [2, 2], [1, 3]):
+        tau, masks, sums = elected_in_blocks(base, finetunes, blocks, tau_dtype)
+        assert torch.equal(tau, whole[0])
+        assert all(torch.equal(*pair) for pair in zip(masks, whole[1]))
+        assert sums == whole[2]
     taus = torch.stack([election.task_vector(f, base) for f in finetunes])
-    assert torch.equal(torch.cat([chunk.tau for chunk in chunks]), election.elect(taus))
-    assert [chunk.where.start for chunk in chunks] == [0, step, 2 * step]
+    assert torch.equal(whole[0], election.elect(taus).to(tau_dtype))
+
+
+@given(st.lists(values, min_size=1, max_size=3 * election.SEGMENT), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_exact_sums_have_no_order_and_are_right(terms, random):
+    terms = torch.tensor(terms, dtype=torch.float64).abs()
+    size = election.SEGMENT
+    largest = torch.stack([part.max() for part in terms.split(size)])
+    total = election.exact_sums(terms, largest)
+    shuffled = [random.sample(part.tolist(), len(part)) for part in terms.split(size)]
+    again = election.exact_sums(torch.tensor(sum(shuffled, []), dtype=torch.float64), largest)
+    assert torch.equal(total, again)
+    assert float(total.sum()) == pytest.approx(math.fsum(terms.tolist()), rel=2**-32, abs=0)
 
 
 def test_what_is_not_shared_is_private():

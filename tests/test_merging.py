@@ -72,7 +72,7 @@ step = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 0.25, 1e-3, -1e-3])
 def test_streaming_equals_in_memory_on_adversarial_task_vectors(
     tmp_path_factory, dtype, hidden, count, steps, still, shard_size, rescale
 ):
-    """Shapes, dtypes, N, zeros, exact sign ties, all-zero task vectors, and tensors of several chunks."""
+    """Shapes, dtypes, N, zeros, exact sign ties and all-zero task vectors."""
     folder = tmp_path_factory.mktemp("property")
     settings = {**tiny.TEXT, "hidden_size": hidden, "vocab_size": 11, "intermediate_size": 7, "num_attention_heads": 2}
     config = tiny.BERT.config(**settings)
@@ -87,10 +87,8 @@ def test_streaming_equals_in_memory_on_adversarial_task_vectors(
             parameter.data += (scale * values[: parameter.numel()].reshape(parameter.shape)).to(dtype)
         finetunes[f"task {task}"] = folder / str(task)
         model.save_pretrained(folder / str(task))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(election, "CHUNK", 64)
-        emr_hf.merge(folder / "base", finetunes, folder / "out", rescale=rescale, max_shard_size=shard_size)
-        assert_repo_equals(folder / "out", merge_in_memory(folder / "base", finetunes, rescale=rescale))
+    emr_hf.merge(folder / "base", finetunes, folder / "out", rescale=rescale, max_shard_size=shard_size)
+    assert_repo_equals(folder / "out", merge_in_memory(folder / "base", finetunes, rescale=rescale))
     shutil.rmtree(folder)
 
 

@@ -1,0 +1,122 @@
+"""The compiled loops of csrc/: where the library is, and what of torch's tensors it can take.
+
+They are used where they are built (docs/performance.md) and give the bits of the torch code that they stand in for, in
+`election.py` and `bits.py`. Set the environment variable `EMR_HF_KERNELS` to `off` to do without them, or to `plain`
+for what runs on any processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# As in csrc/kernels.cpp.
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TASK_VECTOR = 3
+
+
+def _load() -> ctypes.CDLL | None:
+    if _setting() == "off":
+        return None
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernels{suffix}")
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # built for another machine
+                return None
+    return None
+
+
+def _setting() -> str:
+    return os.environ.get("EMR_HF_KERNELS", "")
+
+
+_library = _load()
+_level = 0 if _setting() == "plain" else 1
+if _library is not None:
+    _library.emr_elect_scratch.restype = ctypes.c_int64
+    _library.emr_elect_scratch.argtypes = [ctypes.c_int64]
+    _library.emr_elect.restype = ctypes.c_int32
+    _library.emr_rebuild.restype = None
+
+
+def available() -> bool:
+    """Whether the compiled loops are there and wanted."""
+    return _library is not None
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the compiled loops can read and write these tensors."""
+    return _library is not None and all(
+        tensor.device.type == "cpu" and tensor.dtype in _KINDS and tensor.is_contiguous() for tensor in tensors
+    )
+
+
+def elect(
+    base: Tensor,
+    finetunes: Sequence[Tensor],
+    are_vectors: Sequence[bool],
+    tau: Tensor,
+    masks: Sequence[Tensor],
+    sums: Tensor,
+    counts: Tensor,
+    squares: Tensor,
+) -> bool:
+    """`election.elect_block`, which describes the arguments.
+
+    Args:
+        are_vectors: which of the finetunes are task vectors.
+
+    Returns:
+        whether all went well; else an input is not finite or the vector overflows.
+    """
+    assert _library is not None
+    tasks = len(finetunes)
+    scratch = torch.empty(_library.emr_elect_scratch(tasks), dtype=torch.uint8)
+    kinds = [TASK_VECTOR if vector else _KINDS[t.dtype] for t, vector in zip(finetunes, are_vectors)]
+    pointers = ctypes.c_void_p * tasks
+    result = _library.emr_elect(
+        _level,
+        ctypes.c_int64(base.numel()),
+        ctypes.c_int64(tasks),
+        _address(base),
+        _KINDS[base.dtype],
+        pointers(*(t.data_ptr() for t in finetunes)),
+        (ctypes.c_int32 * tasks)(*kinds),
+        _address(tau),
+        _KINDS[tau.dtype],
+        pointers(*(mask.data_ptr() for mask in masks)),
+        _address(sums),
+        _address(counts),
+        _address(squares),
+        _address(scratch),
+    )
+    return result == 0
+
+
+def rebuild(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: float, out: Tensor) -> None:
+    """`bits.rebuild` of flat tensors."""
+    assert _library is not None
+    _library.emr_rebuild(
+        _level,
+        ctypes.c_int64(out.numel()),
+        _address(base),
+        _KINDS[base.dtype],
+        _address(tau),
+        _KINDS[tau.dtype],
+        _address(packed),
+        ctypes.c_float(minus_rescaler),
+        _address(out),
+        _KINDS[out.dtype],
+    )
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
