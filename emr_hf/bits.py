@@ -68,8 +68,8 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Te
     minus_rescaler = -rescaler.to(device, torch.float32)
     target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=device)
     flat_out, flat_base, flat_tau = (t.detach().reshape(-1) for t in (target, base, tau))
-    if kernels.takes(flat_out, flat_base, flat_tau) and packed.device.type == "cpu":
-        kernels.rebuild(flat_base, flat_tau, packed.contiguous(), float(minus_rescaler), flat_out)
+    if kernels.takes(flat_out, flat_base, flat_tau, packed):
+        kernels.rebuild(flat_base, flat_tau, packed, float(minus_rescaler), flat_out)
     else:
         _rebuild_with_torch(flat_base, flat_tau, packed, minus_rescaler, flat_out)
     if target is not out:

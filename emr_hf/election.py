@@ -299,7 +299,7 @@ def elect_block(
 
 def _plain(values: Tensor) -> Tensor:
     """What the compiled loops take."""
-    return values if kernels.takes(values) else values.to(torch.float32).contiguous()
+    return values if kernels.takes(values) and values.is_floating_point() else values.to(torch.float32).contiguous()
 
 
 def _elect_with_torch(
@@ -322,7 +322,7 @@ def _elect_with_torch(
     if not torch.isfinite(largest).all():
         raise _non_finite(base, finetunes, taus, start)
     exact = elect(taus)
-    tau = exact.to(tau_out.dtype)
+    tau = exact.to(tau_out.dtype) + 0.0  # no -0.0 of underflow either
     used = tau.to(torch.float32)
     if not torch.isfinite(used).all():
         raise OptionError(f"the unified task vector overflows {tau.dtype}: choose tau_dtype='float32' or 'bfloat16'")

@@ -53,9 +53,10 @@ def available() -> bool:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the compiled loops can read and write these tensors."""
+    """Whether the compiled loops can read and write these weights, vectors or packed masks."""
     return _library is not None and all(
-        tensor.device.type == "cpu" and tensor.dtype in _KINDS and tensor.is_contiguous() for tensor in tensors
+        tensor.device.type == "cpu" and tensor.dtype in (*_KINDS, torch.uint8) and tensor.is_contiguous()
+        for tensor in tensors
     )
 
 

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import mixed
 from .adapters.ia3 import inject_vectors
 from .adapters.layers import unload
 from .bank import EMRBank
@@ -24,6 +25,8 @@ from .repo import copy_side_files, side_files_of
 from .signature import DelegatedSignature
 from .switching import Switch, owners_of
 
+T = TypeVar("T")
+
 
 class EMRMergedModel(PreTrainedModel):
     """A model merged by EMR-Merging (arXiv 2405.17461): base, unified task vector, and per task masks and a rescaler.
@@ -33,11 +36,21 @@ class EMRMergedModel(PreTrainedModel):
     weight to another address. These weights are frozen: what is trained of them would belong to no task. Train an
     adapter on top, or what `merge_and_unload` gives.
 
-    Not thread-safe: give each thread its own model. A key-value cache filled under one task is of no use to another.
+    Threads may share a model. It has a lock, held for a forward and for `generate`, together with the switch that
+    `emr_task=` asks for; for `set_task`; and for the whole block of `use_task`. So no call sees half a switch, and
+    with `emr_task=` or inside `use_task` it runs on the task that it names. `set_task` and a call after it are two
+    steps, between which another thread may switch. Not covered: what a model compiled by `torch.compile` does without
+    `emr_task=`, several CUDA streams, and loading, saving, moving or unloading while others use the model.
+
+    A key-value cache filled under one task is of no use to another.
 
     Args:
         config: see [`EMRConfig`].
         emr_task (*optional*): the task to load with, `config.default_task` by default.
+
+    Attributes:
+        emr_pad (`bool`): the default of `emr_pad` in [`EMRMergedModel.forward`], for callers that cannot pass it, such
+            as `Trainer.predict`.
 
     Example:
 
@@ -48,6 +61,7 @@ class EMRMergedModel(PreTrainedModel):
     with model.use_task("sst2"):
         model(**batch)
     model(**batch, emr_task="mnli")
+    model(**batch, emr_task=["sst2", "mnli", "sst2"])  # a task for every row
     ```
     """
 
@@ -61,6 +75,7 @@ class EMRMergedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _auto_suffix: str | None = None
+    emr_pad = False
 
     def __init__(self, config: EMRConfig, emr_task: str | None = None):
         super().__init__(config)
@@ -73,6 +88,7 @@ class EMRMergedModel(PreTrainedModel):
             inject_vectors(self.model, config.vectors)
         self._active: str | None = None
         self._half_switched = False
+        self._lock = mixed.Lock()
         self._switch = Switch(self.model, config)
         self.emr = self._switch.bank
         self._keys_to_ignore_on_load_missing = [rf"^model\.{re.escape(name)}$" for name in self._switch.private_names]
@@ -210,6 +226,7 @@ class EMRMergedModel(PreTrainedModel):
         """The task whose weights the model holds now; `None` before the first."""
         return self._active
 
+    @torch.compiler.disable
     def set_task(self, task: str) -> EMRMergedModel:
         """Become a task: rebuild the merged weights in place, install its private tensors and labels.
 
@@ -224,14 +241,17 @@ class EMRMergedModel(PreTrainedModel):
             OffloadedError: part of the model is offloaded; nothing has been changed.
         """
         self.config.entry(task)
-        if task != self._active or self._half_switched:
-            self._check_in_memory()
-            self._activate(task)
+        with self._lock:
+            if task != self._active or self._half_switched:
+                self._check_in_memory()
+                self._activate(task)
         return self
 
     @contextmanager
     def use_task(self, task: str) -> Iterator[EMRMergedModel]:
         """Be a task inside a `with` block, and what the model was before afterwards.
+
+        Other threads' calls wait for the end of the block: do not wait in it for a thread that uses the model.
 
         Example:
 
@@ -240,13 +260,40 @@ class EMRMergedModel(PreTrainedModel):
             model(**batch)
         ```
         """
-        before = self._active
-        self.set_task(task)
-        try:
-            yield self
-        finally:
-            if before is not None:
+        with self._lock:
+            before = self._active
+            self.set_task(task)
+            try:
+                yield self
+            finally:
+                if before is not None:
+                    self.set_task(before)
+
+    def _by_task(self, groups: mixed.Groups, run: Callable[[list[int]], T]) -> list[T]:
+        """Be each task in turn, call `run(rows)` on it, and be what the model was before afterwards."""
+        with self._lock:
+            if self._half_switched or groups.keys() != {self._active}:
+                self._check_in_memory()
+            before, settings = self._active or self.config.default_task, getattr(self.model, "generation_config", None)
+            try:
+                results = []
+                for task, rows in groups.items():
+                    self._become(task)
+                    results.append(run(rows))
+                return results
+            finally:
                 self.set_task(before)
+                if settings is not None:  # they may have been changed since the switch
+                    self.model.generation_config = settings
+
+    def _become(self, task: str) -> None:
+        """`set_task`, or the base: no task, so that the next `set_task` switches, whichever it asks for."""
+        if task != mixed.BASE:
+            self.set_task(task)
+            return
+        self._half_switched = True
+        self._switch.become_base()
+        self._active = self.config.default_task
 
     def _check_vectors(self) -> None:
         if self.config.vectors is not None and "peft_config" in vars(self):
@@ -257,6 +304,8 @@ class EMRMergedModel(PreTrainedModel):
 
     def _check_in_memory(self) -> None:
         self._check_vectors()
+        if getattr(self, "_is_replica", False):
+            raise EMRError("nn.DataParallel copies the active task only: set_task before the call, for all rows")
         if not isinstance(getattr(self, "emr", None), EMRBank):
             raise EMRError("merge_and_unload() has taken this model apart: load the repo again")
         if away := self._switch.offloaded():
@@ -269,6 +318,11 @@ class EMRMergedModel(PreTrainedModel):
         self._half_switched = True  # until the end: an interrupted switch is made good by the next
         self._switch.become(task)
         self._active, self._half_switched = task, False
+
+    def _replicate_for_data_parallel(self) -> EMRMergedModel:
+        replica = super()._replicate_for_data_parallel()
+        replica._lock = mixed.Lock()  # replicas run side by side, perhaps while this model's lock is held
+        return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRMergedModel:
         """Move or cast. After a cast the weights are rebuilt from the cast base, as a load in that dtype has them."""
@@ -298,22 +352,48 @@ class EMRMergedModel(PreTrainedModel):
     # Delegation
 
     @DelegatedSignature
-    def forward(self, *args: Any, emr_task: str | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, emr_task: Any = None, emr_pad: bool | None = None, **kwargs: Any) -> Any:
         """The wrapped model's `forward`.
 
+        With a task for every row, the rows of each task go through the model together, and the model is on the task
+        that it was on afterwards. What comes out is in row order, for each row what its task alone gives, to rounding;
+        caches, and what else has no rows, are left out. The loss is the mean over all labels of the batch that are not
+        -100 (over rows where labels are no classes). Tensors with as many rows as the batch, also in lists, tuples and
+        dicts, are split; all else is given to every task. Models that pack several rows' images into one tensor cannot
+        be split.
+
         Args:
-            emr_task (*optional*): switch to this task first; it stays active.
+            emr_task (*optional*): switch to this task first; it stays active. Or a task for every row: a list of
+                names, or a list, array or tensor `(rows,)` of indices into `self.tasks`; `"__base__"` or -1 for the
+                base's weights, with the default task's private tensors (such as its head) and labels.
+            emr_pad (*optional*): with a task for every row, fill up `logits` with -inf to the width of the widest head
+                of all tasks. Else, where the heads of a batch differ, `logits` is a list of a tensor for each row.
             args, kwargs: the wrapped model's.
 
         Raises:
+            OptionError: not one task for every row, or a cache of keys and values with them.
+            UnknownTaskError: with the nearest names.
             OffloadedError: the model was offloaded after loading, so its hooks hold the base's weights.
-            EMRError: a loss is asked for in training mode, but nothing can be trained.
+            EMRError: a loss is asked for in training mode, but nothing can be trained; or gradients are wanted of a
+                batch of several tasks.
         """
         if emr_task is not None:
-            self.set_task(emr_task)
-        if not torch.compiler.is_compiling():
+            return self._forward_as(emr_task, self.emr_pad if emr_pad is None else emr_pad, args, kwargs)
+        if torch.compiler.is_compiling():
+            return self.model(*args, **kwargs)
+        with self._lock:
             self._check_forward(kwargs)
-        return self.model(*args, **kwargs)
+            return self.model(*args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)  # the wrapped model's forward is compiled, switches are not
+    def _forward_as(self, emr_task: Any, emr_pad: bool, args: Any, kwargs: dict[str, Any]) -> Any:
+        with self._lock:
+            if mixed.is_per_row(emr_task):
+                self._check_forward(kwargs)
+                return mixed.forward(self, emr_task, emr_pad, args, kwargs)
+            self.set_task(emr_task)
+            self._check_forward(kwargs)
+            return self.model(*args, **kwargs)
 
     def _check_forward(self, kwargs: dict[str, Any]) -> None:
         self._check_vectors()

@@ -23,7 +23,7 @@ class DelegatedSignature:
             return _with_labels(self.function, getattr(owner, "_auto_suffix", None))
         bound = functools.partial(self.function, instance)
         if "model" in instance._modules:
-            bound.__signature__ = _with_emr_task(inspect.signature(instance.model.forward))  # type: ignore[attr-defined]
+            bound.__signature__ = _with_our_arguments(inspect.signature(instance.model.forward))  # type: ignore[attr-defined]
         return bound
 
 
@@ -42,8 +42,8 @@ def _with_labels(function: Callable[..., Any], suffix: str | None) -> Callable[.
     return forward
 
 
-def _with_emr_task(signature: inspect.Signature) -> inspect.Signature:
+def _with_our_arguments(signature: inspect.Signature) -> inspect.Signature:
     parameters = list(signature.parameters.values())
     position = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    emr_task = inspect.Parameter("emr_task", inspect.Parameter.KEYWORD_ONLY, default=None)
-    return signature.replace(parameters=[*parameters[:position], emr_task, *parameters[position:]])
+    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("emr_task", "emr_pad")]
+    return signature.replace(parameters=[*parameters[:position], *ours, *parameters[position:]])

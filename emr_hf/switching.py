@@ -103,6 +103,18 @@ class Switch:
         for name, (module, attr) in self.sites.items():
             self.bank.base.get(name).copy_(getattr(module, attr).detach())
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def become_base(self) -> None:
+        """The base's merged weights; private tensors, labels and generation settings are the default task's."""
+        self.restore_base()
+        entry = self.config.entry(self.config.default_task)
+        for name, owners in self.private_sites.items():
+            install(owners, self.bank.private_of(entry["key"], name))
+        self.config.apply_task(self.config.default_task)
+        self.follow_labels(self.config.num_labels)
+        self.use_generation_config(self.config.default_task)
+
 
 def _private_spec(private: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (torch.Size(shape), getattr(torch, dtype)) for name, (shape, dtype) in private.items()}

@@ -116,7 +116,7 @@ def fail(*args, **kwargs):
 
 
 STAGES = {
-    "at the first tensor": (merging, "_write_tensor"),
+    "at the first tensor": (merging, "_jobs"),
     "between merged and private tensors": (merging, "_write_private"),
     "before the weights are flushed": (repo.WeightsWriter, "close"),
     "before the configuration": (emr_hf.EMRConfig, "save_pretrained"),
@@ -199,7 +199,7 @@ def after(function):
 
 path_type = type(folder)
 points = {
-    "tensor": lambda: setattr(merging.bits, "pack", kill),
+    "tensor": lambda: setattr(merging.election, "elect_block", kill),
     "private": lambda: setattr(merging, "_write_private", kill),
     "config": lambda: setattr(emr_hf.EMRConfig, "save_pretrained", kill),
     "card": lambda: setattr(merging, "write_repo_files", kill),
