@@ -1,52 +1,88 @@
 """Merge finetunes of one pretrained model into one, and become any of its tasks (EMR-Merging, arXiv 2405.17461)."""
 
-from transformers.utils import is_peft_available
+from __future__ import annotations
 
-from . import auto, pipelines
-from .adapters.lora import LoraReport
-from .auto import HEAD_CLASSES
-from .checking import check
-from .configuration import EMRConfig
-from .editing import add_task, remove_task
-from .election import Merge, merge_state_dicts
-from .errors import (
-    CheckpointError,
-    EMRError,
-    MismatchError,
-    NonFiniteError,
-    OffloadedError,
-    OptionError,
-    RecipeError,
-    RepoError,
-    UnknownTaskError,
-)
-from .export import export
-from .hub import push_folder
-from .inspection import Inspection, inspect
-from .merging import merge, merge_recipe
-from .modeling import EMRMergedModel
-from .pipelines import (
-    EMRImageClassificationPipeline,
-    EMRTextClassificationPipeline,
-    EMRTokenClassificationPipeline,
-)
-from .plan import Plan
-from .recipe import Recipe
-from .report import MergeReport, TaskReport
+import importlib
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-_PEFT = []
-if is_peft_available():
-    from .adapters import tuner
+from .after_import import after_import
 
-    tuner.register()
-    globals()["EMRPeftConfig"] = tuner.EMRPeftConfig
-    _PEFT = ["EMRPeftConfig"]
+if TYPE_CHECKING:
+    from .adapters.lora import LoraReport
+    from .adapters.tuner import EMRPeftConfig as EMRPeftConfig
+    from .checking import check
+    from .configuration import EMRConfig
+    from .editing import add_task, remove_task
+    from .election import Merge, merge_state_dicts
+    from .errors import (
+        CheckpointError,
+        EMRError,
+        MismatchError,
+        NonFiniteError,
+        OffloadedError,
+        OptionError,
+        RecipeError,
+        RepoError,
+        UnknownTaskError,
+    )
+    from .exporting import export
+    from .hub import push_folder
+    from .inspection import Inspection, inspect
+    from .merging import merge, merge_recipe
+    from .modeling import EMRMergedModel
+    from .pipelines import (
+        EMRImageClassificationPipeline,
+        EMRTextClassificationPipeline,
+        EMRTokenClassificationPipeline,
+    )
+    from .plan import Plan
+    from .recipe import Recipe
+    from .report import MergeReport, TaskReport
 
 __version__ = "0.1.0"
 
-globals().update({head.__name__: head for head in HEAD_CLASSES.values()})
-auto.register()
-pipelines.register()
+# Public name -> where it is. Imported when first asked for: `emr-hf --help` needs neither torch nor transformers.
+_PLACES = {
+    **dict.fromkeys(
+        (
+            "CheckpointError",
+            "EMRError",
+            "MismatchError",
+            "NonFiniteError",
+            "OffloadedError",
+            "OptionError",
+            "RecipeError",
+            "RepoError",
+            "UnknownTaskError",
+        ),
+        "errors",
+    ),
+    **dict.fromkeys(
+        ("EMRImageClassificationPipeline", "EMRTextClassificationPipeline", "EMRTokenClassificationPipeline"),
+        "pipelines",
+    ),
+    "EMRConfig": "configuration",
+    "EMRMergedModel": "modeling",
+    "EMRPeftConfig": "adapters.tuner",
+    "Inspection": "inspection",
+    "LoraReport": "adapters.lora",
+    "Merge": "election",
+    "MergeReport": "report",
+    "Plan": "plan",
+    "Recipe": "recipe",
+    "TaskReport": "report",
+    "add_task": "editing",
+    "check": "checking",
+    "export": "exporting",
+    "inspect": "inspection",
+    "merge": "merging",
+    "merge_recipe": "merging",
+    "merge_state_dicts": "election",
+    "push_folder": "hub",
+    "remove_task": "editing",
+}
 
 __all__ = [
     "CheckpointError",
@@ -79,6 +115,29 @@ __all__ = [
     "merge_state_dicts",
     "push_folder",
     "remove_task",
-    *_PEFT,
-    *sorted(head.__name__ for head in HEAD_CLASSES.values()),
+    *(["EMRPeftConfig"] if find_spec("peft") else []),
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Beside the public names the classes of `auto`, one for each Auto class; only transformers knows the list.
+    place = _PLACES.get(name, "auto" if name.startswith("EMRMergedModelFor") else None)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{place}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
+
+
+# What transformers and PEFT have to know of us these modules tell them when they are imported: once it is of use.
+for _theirs, _ours in (
+    ("transformers.models.auto.configuration_auto", "configuration"),
+    ("transformers.models.auto.modeling_auto", "auto"),
+    ("transformers.pipelines", "pipelines"),
+    ("peft", "adapters.tuner"),
+):
+    after_import(_theirs, partial(importlib.import_module, f".{_ours}", __name__))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import transformers
-from transformers import AutoConfig, AutoModel, GenerationMixin
+from transformers import AutoModel, GenerationMixin
 
 from .configuration import EMRConfig
 from .generation import DelegatedGeneration
@@ -23,8 +23,10 @@ globals().update({head.__name__: head for head in HEAD_CLASSES.values()})
 
 
 def register() -> None:
-    """Make the Auto classes and pipelines of transformers know merged repos."""
-    AutoConfig.register(EMRConfig.model_type, EMRConfig, exist_ok=True)
+    """Make the Auto classes of transformers know merged repos."""
     AutoModel.register(EMRConfig, EMRMergedModel, exist_ok=True)
     for suffix, head in HEAD_CLASSES.items():
         getattr(transformers, f"{AUTO}For{suffix}").register(EMRConfig, head, exist_ok=True)
+
+
+register()

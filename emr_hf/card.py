@@ -6,7 +6,6 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration import EMRConfig
 from .heads import auto_name
@@ -114,6 +113,8 @@ def _task_table(config: EMRConfig, report: MergeReport) -> list[str]:
 
 def pipeline_tag(wrapper: str) -> str | None:
     """The pipeline for a wrapper's class, by transformers' own registry."""
+    from transformers.pipelines import PIPELINE_REGISTRY  # which imports every kind of processor
+
     auto_class = auto_name(wrapper)
     for task, entry in PIPELINE_REGISTRY.supported_tasks.items():
         if auto_class in [model_class.__name__ for model_class in entry["pt"]]:

@@ -10,7 +10,6 @@ from dataclasses import asdict
 
 from . import __version__
 from .errors import EMRError
-from .repo import LAYOUTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +106,7 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as",
         dest="save_as",
-        choices=LAYOUTS,
+        choices=("model", "peft"),
         default="model",
         help="model: with the base in it; peft: an adapter for a base kept elsewhere (default: %(default)s)",
     )

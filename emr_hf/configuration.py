@@ -151,3 +151,11 @@ def _recipe_order(field_name: str) -> tuple[int, str]:
 
 def _int_keys(id2label: dict[Any, str]) -> dict[int, str]:
     return {int(index): label for index, label in id2label.items()}
+
+
+def register() -> None:
+    """Make `AutoConfig` know merged repos."""
+    AutoConfig.register(EMRConfig.model_type, EMRConfig, exist_ok=True)
+
+
+register()

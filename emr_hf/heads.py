@@ -6,7 +6,6 @@ import functools
 import re
 
 import transformers
-from transformers.models.auto import modeling_auto
 
 from .repo import SHIM_NAME
 
@@ -19,6 +18,8 @@ _PREFERRED = ("SequenceClassification", "ImageClassification", *GENERATIVE, "Mas
 @functools.cache
 def suffixes() -> list[str]:
     """`X` of every `AutoModelForX` of transformers."""
+    from transformers.models.auto import modeling_auto  # which in turn imports what registers us, see __init__.py
+
     found = (re.fullmatch(rf"{AUTO}For(\w+)", name) for name in dir(modeling_auto))
     known = [match[1] for match in found if match and hasattr(getattr(transformers, match[0]), "_model_mapping")]
     return [*_PREFERRED, *(suffix for suffix in known if suffix not in _PREFERRED)]

@@ -118,3 +118,6 @@ def register() -> None:
     ):
         if task not in PIPELINE_REGISTRY.supported_tasks:
             PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, auto_class, type=kind)
+
+
+register()

@@ -9,9 +9,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -35,8 +36,11 @@ from transformers.utils import (
 from .errors import CheckpointError, one_line
 from .storage import MODEL_WEIGHTS, ModelStorage, Storage, TensorInfo, open_adapter, open_folder
 
+if TYPE_CHECKING:  # a configuration is loaded without the code of models
+    from transformers import PreTrainedModel
+
 MERGEABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Reference = str | Path | PreTrainedModel
+Reference: TypeAlias = "str | Path | PreTrainedModel"
 
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _ADAPTER_FILES = [*_CONFIG_FILES, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME]
@@ -160,7 +164,7 @@ def open_source(reference: Reference, label: str) -> Source:
 
 def open_input(reference: Reference, label: str) -> Source | Adapter:
     """[`open_source`], for what may be a PEFT adapter."""
-    if isinstance(reference, PreTrainedModel):
+    if isinstance(reference, transformers.PreTrainedModel):
         name = _published_name(str(reference.config.name_or_path or type(reference).__name__))
         source = Source(label, name, reference.config, ModelStorage(label, reference), model=reference)
     elif not isinstance(reference, (str, Path)):

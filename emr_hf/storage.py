@@ -11,13 +11,11 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -28,6 +26,9 @@ from transformers.utils import (
 )
 
 from .errors import CheckpointError, one_line
+
+if TYPE_CHECKING:  # a configuration is loaded without the code of models
+    from transformers import PreTrainedModel
 
 # A whole model's weights stand in one of these files, or in those that it names.
 MODEL_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -59,6 +60,8 @@ class TensorInfo:
         Raises:
             CheckpointError: torch has no such dtype.
         """
+        from transformers.modeling_utils import str_to_torch_dtype
+
         if dtype not in str_to_torch_dtype:
             raise CheckpointError(f"{label}: {name} has dtype {dtype}: expected F32, BF16, F16 or F64")
         return cls(tuple(shape), str_to_torch_dtype[dtype])

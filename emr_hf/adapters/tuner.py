@@ -409,3 +409,6 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = EMRPeftConfig  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[name] = EMRTuner  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = EMRTuner.prefix  # type: ignore[index]
+
+
+register()
