@@ -39,7 +39,12 @@ class EMRBank(nn.Module):
     `mask.<key>.<parameter>`, packed bits (see `emr_hf.bits`), uint8; `rescaler.<key>`, a float32 scalar;
     `private.<key>.<name>`. The base's values are kept in `base.<parameter>` once a task has replaced them in the
     model; they are saved as the model's.
+
+    Attributes:
+        place: device that the buffers stay on wherever the model goes; `None` for the model's.
     """
+
+    place: torch.device | None = None
 
     def __init__(self, shapes: Mapping[str, torch.Size], tau_dtype: torch.dtype, private: Mapping[str, PrivateSpec]):
         super().__init__()
@@ -65,8 +70,17 @@ class EMRBank(nn.Module):
         """A task's own tensor."""
         return getattr(self.private, key).get(name)
 
+    def needed(self, key: str | None) -> list[tuple[str, Tensor]]:
+        """Buffers that are read for a task, or for the base, and their names."""
+        parts = (
+            [self.base] if key is None else [self.base, self.tau, getattr(self.mask, key), getattr(self.private, key)]
+        )
+        return [(name, tensor) for part in parts for name, tensor in part._buffers.items() if tensor is not None]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRBank:
         """Follow `.to(device)`. A change of dtype is the model's and the base's: everything else stays exact."""
+        if self.place is not None:
+            return self._apply_here(fn, recurse)
         exact = (self.tau, self.rescaler, *self.mask.children(), *self.private.children())
         kept = {buffers: dict(buffers._buffers) for buffers in exact}
         super()._apply(fn, recurse)
@@ -76,6 +90,14 @@ class EMRBank(nn.Module):
                 if tensor is not None and old is not None and tensor.dtype != old.dtype:
                     buffers._buffers[name] = old.to(tensor.device)
         return self
+
+    def _apply_here(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> EMRBank:
+        """Follow a change of dtype, but stay."""
+        place, self.place = self.place, None
+        try:
+            return self._apply(lambda tensor: tensor.to(place, fn(tensor.new_empty(0)).dtype), recurse)
+        finally:
+            self.place = place
 
     def extra_repr(self) -> str:
         count: Any = len(self.tau._buffers)

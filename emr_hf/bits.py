@@ -37,6 +37,11 @@ def unpack(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return _unpack_flat(packed, 0, int(np.prod(shape, dtype=np.int64))).to(torch.bool).reshape(shape)
 
 
+def is_empty(packed: Tensor) -> bool:
+    """Whether a packed mask has no element."""
+    return not (packed.numpy().any() if packed.device.type == "cpu" else bool(packed.any()))
+
+
 def _unpack_flat(packed: Tensor, start: int, stop: int) -> Tensor:
     """Elements `start` (a multiple of 8) to `stop` of a packed mask, as uint8 zeros and ones."""
     part = packed[start // 8 : packed_size(stop)]
@@ -70,6 +75,8 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Te
     flat_out, flat_base, flat_tau = (t.detach().reshape(-1) for t in (target, base, tau))
     if kernels.takes(flat_out, flat_base, flat_tau, packed):
         kernels.rebuild(flat_base, flat_tau, packed, float(minus_rescaler), flat_out)
+        if not flat_out.is_inference():
+            torch.autograd.graph.increment_version(flat_out)  # a backward through the old weights is an error
     else:
         _rebuild_with_torch(flat_base, flat_tau, packed, minus_rescaler, flat_out)
     if target is not out:

@@ -19,9 +19,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .errors import EMRError, OptionError
-
-BASE = "__base__"
-"""Stands for no task: the base's merged weights, with the head and the labels of the default task."""
+from .recipe import BASE
 
 CACHES = ("past_key_values", "cache_params", "mems")
 """Names, in inputs and outputs, of what a model remembers: of no use to another task."""

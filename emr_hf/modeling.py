@@ -26,6 +26,7 @@ from .signature import DelegatedSignature
 from .switching import Switch, owners_of
 
 T = TypeVar("T")
+MEMORY = ("resident", "mapped")
 
 
 class EMRMergedModel(PreTrainedModel):
@@ -47,6 +48,11 @@ class EMRMergedModel(PreTrainedModel):
     Args:
         config: see [`EMRConfig`].
         emr_task (*optional*): the task to load with, `config.default_task` by default.
+        emr_memory (*optional*, defaults to `"resident"`): where base, unified vector and masks are: `"resident"` in
+            memory, or `"mapped"` from the repo's files, which must then stay: only the active weights are in memory of
+            the process, the rest is the system's page cache. What has to be cast on loading is in memory either way.
+        emr_device (*optional*): a device for base, unified vector and masks, such as `"cpu"` for a model on a GPU: a
+            third of its memory, and each switch sends them over. The model's own by default.
 
     Attributes:
         emr_pad (`bool`): the default of `emr_pad` in [`EMRMergedModel.forward`], for callers that cannot pass it, such
@@ -76,9 +82,18 @@ class EMRMergedModel(PreTrainedModel):
     _supports_attention_backend = True
     _auto_suffix: str | None = None
     emr_pad = False
+    _mapped_from: Path | None = None
 
-    def __init__(self, config: EMRConfig, emr_task: str | None = None):
+    def __init__(
+        self,
+        config: EMRConfig,
+        emr_task: str | None = None,
+        emr_memory: str = "resident",
+        emr_device: str | torch.device | None = None,
+    ):
         super().__init__(config)
+        if emr_memory not in MEMORY:
+            raise OptionError(f"emr_memory={emr_memory!r} is unknown: expected one of {', '.join(MEMORY)}")
         self._initial_task = emr_task or config.default_task
         if config.tasks:
             config.entry(self._initial_task)
@@ -89,8 +104,9 @@ class EMRMergedModel(PreTrainedModel):
         self._active: str | None = None
         self._half_switched = False
         self._lock = mixed.Lock()
-        self._switch = Switch(self.model, config)
+        self._switch = Switch(self.model, config, mapped=emr_memory == "mapped")
         self.emr = self._switch.bank
+        self.emr.place = None if emr_device is None else torch.device(emr_device)
         self._keys_to_ignore_on_load_missing = [rf"^model\.{re.escape(name)}$" for name in self._switch.private_names]
         self.register_state_dict_post_hook(_save_base_weights)
         self.register_load_state_dict_pre_hook(_restore_base)
@@ -121,7 +137,7 @@ class EMRMergedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub id.
-            emr_task (*optional*): the task to load with.
+            emr_task, emr_memory, emr_device (*optional*): see [`EMRMergedModel`].
             kwargs: as `PreTrainedModel.from_pretrained`, but for `quantization_config`.
         """
         if kwargs.get("quantization_config") is not None:
@@ -152,6 +168,10 @@ class EMRMergedModel(PreTrainedModel):
     def _finalize_model_loading(model: EMRMergedModel, load_config: Any, loading_info: Any) -> Any:
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         model.model.requires_grad_(False)  # what is rebuilt, or shared by all tasks, cannot be trained for one
+        if model._switch.mapped:
+            model._mapped_from = Path(str(model.config.name_or_path)).resolve()
+        else:
+            _take_into_memory(model)
         model.set_task(model._initial_task)
         return loading_info
 
@@ -166,6 +186,8 @@ class EMRMergedModel(PreTrainedModel):
         names = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
         hub_options = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder = Path(save_directory)
+        if folder.resolve() == self._mapped_from:
+            raise OptionError(f"{folder} is what this model is mapped from: save it elsewhere")
         if getattr(self, "_hf_peft_config_loaded", False):  # an adapter of transformers' own: only that is saved
             return super().save_pretrained(save_directory, *args, **{**kwargs, "push_to_hub": push_to_hub})
         if not self._switch.sites.keys() <= {name for name, _ in self.model.named_parameters()}:
@@ -243,9 +265,43 @@ class EMRMergedModel(PreTrainedModel):
         self.config.entry(task)
         with self._lock:
             if task != self._active or self._half_switched:
-                self._check_in_memory()
+                self._check_in_memory(task)
                 self._activate(task)
         return self
+
+    def keep_ready(self, count: int) -> EMRMergedModel:
+        """Hold the weights of the last `count` tasks, so that a switch back to one of them only changes pointers.
+
+        Each beside the active one takes a model's memory, and the parameters' addresses are no longer always the same.
+
+        Args:
+            count: tasks, the active one among them; 1, as after loading, rebuilds in place.
+
+        Returns:
+            the model itself.
+        """
+        if count < 1:
+            raise OptionError(f"keep_ready({count}): expected at least 1, the active task")
+        with self._lock:
+            self.set_task(self._active or self.config.default_task)
+            self._switch.keep_ready(count, self._active)
+        return self
+
+    def prefetch(self, task: str) -> None:
+        """Rebuild a task's weights in the background, for a `set_task` to come.
+
+        Args:
+            task: one of `self.tasks`.
+
+        Raises:
+            UnknownTaskError: with the nearest names.
+            OptionError: there is no room for it beside the active task: see [`EMRMergedModel.keep_ready`].
+        """
+        key = self.config.entry(task)["key"]
+        if self._switch.ready is None:
+            raise OptionError("prefetch: no room beside the active task, call keep_ready(2) or more first")
+        if task != self._active:
+            self._switch.ready.prefetch(key)
 
     @contextmanager
     def use_task(self, task: str) -> Iterator[EMRMergedModel]:
@@ -302,13 +358,13 @@ class EMRMergedModel(PreTrainedModel):
                 "it; load the repo again, and put the adapter on what merge_and_unload(task) gives"
             )
 
-    def _check_in_memory(self) -> None:
+    def _check_in_memory(self, task: str | None = None) -> None:
         self._check_vectors()
         if getattr(self, "_is_replica", False):
             raise EMRError("nn.DataParallel copies the active task only: set_task before the call, for all rows")
         if not isinstance(getattr(self, "emr", None), EMRBank):
             raise EMRError("merge_and_unload() has taken this model apart: load the repo again")
-        if away := self._switch.offloaded():
+        if away := self._switch.offloaded(task):
             raise OffloadedError(
                 f"{len(away)} tensors are offloaded ({away[0]}, ...) and cannot be switched: load the model without "
                 "offloading, or export the task (emr-hf export) and offload that"
@@ -327,6 +383,8 @@ class EMRMergedModel(PreTrainedModel):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRMergedModel:
         """Move or cast. After a cast the weights are rebuilt from the cast base, as a load in that dtype has them."""
         before = self.dtype
+        if self._switch.ready is not None:
+            self._switch.ready.clear()
         super()._apply(fn, recurse)
         if self._active is not None and self.dtype != before:
             self._activate(self._active)
@@ -426,6 +484,13 @@ class EMRMergedModel(PreTrainedModel):
 
     def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.get_decoder(*args, **kwargs)
+
+
+def _take_into_memory(model: nn.Module) -> None:
+    """Copy what may be mapped from a file, so that nothing depends on it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _save_base_weights(model: EMRMergedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

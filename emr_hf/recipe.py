@@ -17,6 +17,10 @@ from .repo import parse_size
 from .sources import Reference
 
 
+BASE = "__base__"
+"""Where a task is asked for: none, but the base's merged weights, with the head and the labels of the default task."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to merge and how.
@@ -109,6 +113,8 @@ class Recipe:
 def _check_task_name(task: object) -> None:
     if not isinstance(task, str) or not task or task != task.strip() or not task.isprintable():
         raise OptionError(f"illegal task name {task!r}: expected printable text without surrounding blanks")
+    if task == BASE:
+        raise OptionError(f"illegal task name {task!r}: in a mixed batch it stands for the base itself")
 
 
 def _check_choice(name: str, value: object, choices: Any) -> None:

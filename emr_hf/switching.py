@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from . import bits
 from .bank import EMRBank
 from .configuration import EMRConfig
 from .election import TAU_DTYPES
+from .ready import ReadyTasks, Weights
+from .recipe import BASE
 from .sites import Site, install, site_of
+from .threads import run_all
+
+# Below so many elements in all a second thread costs more than it saves; and what one of them does at a time.
+_SHARED_OUT, _PIECE = 1 << 22, 1 << 20
 
 
 class Switch:
@@ -27,9 +35,14 @@ class Switch:
         private_sites: name of a private tensor -> its owners, several if it is tied: it may change its shape, and so
             its Parameter.
         bank: the merge's tensors, empty at first; who owns the switch registers it as a module.
+        mapped: leave the base where the model's loader put it, which may be a mapped file, and give the model weights
+            of its own; else the base is copied.
+        ready: the tasks whose weights are kept, if any are beside the active one's.
     """
 
-    def __init__(self, model: PreTrainedModel, config: EMRConfig):
+    ready: ReadyTasks | None = None
+
+    def __init__(self, model: PreTrainedModel, config: EMRConfig, mapped: bool = False):
         self.model, self.config = model, config
         self.sites: dict[str, Site] = {name: self.site_of(name) for name in config.merged_parameters or []}
         names = sorted({name for entry in config.tasks.values() for name in entry["private"]})
@@ -40,6 +53,10 @@ class Switch:
         shapes = {name: self.shape_of(name) for name in self.sites}
         private = {entry["key"]: _private_spec(entry["private"]) for entry in config.tasks.values()}
         self.bank = EMRBank(shapes, TAU_DTYPES[config.tau_dtype], private)
+        self.mapped = mapped
+        self._elements = sum(shape.numel() for shape in shapes.values())
+        self._at_base: set[str] = set()  # parameters that hold the base's values
+        self._empty: dict[tuple[str, str], bool] = {}  # (parameter, task's key) -> whether the mask is empty
 
     def site_of(self, name: str) -> Site:
         """Where a tensor is."""
@@ -50,18 +67,21 @@ class Switch:
         module, attr = self.sites[name]
         return getattr(module, attr).shape
 
-    def offloaded(self) -> list[str]:
-        """Names of the tensors that are away, so that no switch can rewrite them or read them."""
+    def offloaded(self, task: str | None = None) -> list[str]:
+        """Names of the tensors that are away, so that no switch to a task can rewrite them or read them."""
         away = [name for name, (module, attr) in self.sites.items() if getattr(module, attr).is_meta]
-        return away + [name for name, buffer in self.bank.named_buffers() if buffer.is_meta]
+        needed = self.bank.needed(None if task is None else self.config.entry(task)["key"])
+        return away + [name for name, buffer in needed if buffer.is_meta]
 
     @torch.inference_mode(False)  # a Parameter made in inference mode could never be switched or trained again
     @torch.no_grad()
     def become(self, task: str) -> None:
         """Rebuild a task's weights in place, and install its private tensors, labels and generation settings."""
         entry = self.config.entry(task)
-        for name in self.sites:
-            self.rebuild(name, entry["key"])
+        if self.ready is None:
+            self._run(job for name in self.sites for job in self.rebuild(name, entry["key"]))
+        else:
+            self._use(entry["key"])
         for name, owners in self.private_sites.items():
             install(owners, self.bank.private_of(entry["key"], name))
         self.config.apply_task(task)
@@ -74,15 +94,102 @@ class Switch:
         if settings is not None:
             self.model.generation_config = GenerationConfig.from_dict(settings)
 
-    def rebuild(self, name: str, key: str) -> None:
-        """One parameter of a task. What the model holds before the first time is the base."""
+    def rebuild(self, name: str, key: str) -> list[Callable[[], object]]:
+        """What has to be done to one parameter for a task. What the model holds before the first time is the base."""
         module, attr = self.sites[name]
-        parameter, bank = getattr(module, attr), self.bank
-        if not bank.base.has(name):
-            bank.base.put(name, parameter.detach().clone(), persistent=False)
-            parameter.requires_grad_(False)  # these weights are rebuilt, training them would be lost
-        base, tau, packed = bank.base.get(name), bank.tau.get(name), bank.mask_of(key, name)
-        bits.rebuild(base, tau, packed, bank.rescaler.get(key), out=parameter)
+        parameter = getattr(module, attr)
+        self._keep_base(name, parameter)
+        if not self._is_empty(name, key):
+            self._at_base.discard(name)
+            return self._jobs(name, key, parameter)
+        if name in self._at_base:
+            return []
+        self._at_base.add(name)
+        return [partial(parameter.detach().copy_, self.bank.base.get(name))]
+
+    def _keep_base(self, name: str, parameter: Tensor) -> None:
+        base = self.bank.base
+        if base.has(name):
+            return
+        values = parameter.detach()
+        if self.mapped:
+            parameter.data = torch.empty_like(values)
+        else:
+            self._at_base.add(name)
+        base.put(name, values.to(self.bank.place or values.device, copy=not self.mapped), persistent=False)
+        parameter.requires_grad_(False)  # these weights are rebuilt, training them would be lost
+
+    def _is_empty(self, name: str, key: str) -> bool:
+        """Whether a task does not change a parameter at all, as where no finetune moved it."""
+        if (name, key) not in self._empty:
+            self._empty[name, key] = bits.is_empty(self.bank.mask_of(key, name))
+        return self._empty[name, key]
+
+    def _jobs(self, name: str, key: str, out: Tensor) -> list[Callable[[], object]]:
+        """The rebuild of one parameter into `out`, in pieces that threads can share out."""
+        bank = self.bank
+        base, tau, packed, rescaler = (
+            bank.base.get(name),
+            bank.tau.get(name),
+            bank.mask_of(key, name),
+            bank.rescaler.get(key),
+        )
+        if self._threads() == 1 or out.device.type != "cpu" or not out.is_contiguous() or out.numel() < 2 * _PIECE:
+            return [partial(bits.rebuild, base, tau, packed, rescaler, out)]
+        flat = [tensor.detach().reshape(-1) for tensor in (base, tau, out)]
+        jobs: list[Callable[[], object]] = []
+        for start in range(0, out.numel(), _PIECE):
+            piece = slice(start, min(start + _PIECE, out.numel()))
+            bits_of = packed[start // 8 : bits.packed_size(piece.stop)]
+            jobs.append(partial(bits.rebuild, flat[0][piece], flat[1][piece], bits_of, rescaler, flat[2][piece]))
+        return jobs
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self._elements >= _SHARED_OUT else 1
+
+    def _run(self, jobs: Iterable[Callable[[], object]]) -> None:
+        for _ in run_all(jobs, self._threads()):
+            pass
+
+    # Several tasks' weights at a time
+
+    def keep_ready(self, count: int, active: str | None) -> None:
+        """Hold the weights of so many tasks, the active one's among them."""
+        self.forget()
+        if count > 1:
+            self.ready = ReadyTasks(self._make, count)
+            if active is not None:
+                self.ready.put(self.config.entry(active)["key"], self._live())
+
+    def forget(self) -> None:
+        """Hold only the active task's weights, where the model has them now."""
+        if self.ready is not None:
+            self.ready.clear()
+            self.ready = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _make(self, key: str, weights: Weights | None) -> Weights:
+        """A task's weights, or the base's, in given tensors or in new ones."""
+        if weights is None:
+            weights = {name: torch.empty_like(value) for name, value in self._live().items()}
+        if key == BASE:
+            for name, out in weights.items():
+                out.copy_(self.bank.base.get(name))
+            return weights
+        self._run(job for name, out in weights.items() for job in self._jobs(name, key, out))
+        return weights
+
+    def _live(self) -> Weights:
+        return {name: getattr(module, attr).data for name, (module, attr) in self.sites.items()}
+
+    def _use(self, key: str) -> None:
+        """Give the model weights that are ready."""
+        assert self.ready is not None
+        weights = self.ready.get(key)
+        for name, (module, attr) in self.sites.items():
+            getattr(module, attr).data = weights[name]
+        self._at_base.clear()
 
     def follow_labels(self, count: int | None) -> None:
         """Modules that keep the number of labels themselves."""
@@ -93,21 +200,33 @@ class Switch:
     @torch.no_grad()
     def restore_base(self) -> None:
         """Give the merged parameters the base's values back."""
+        if self.ready is not None:
+            self.ready.clear()
         for name, (module, attr) in self.sites.items():
             if self.bank.base.has(name) and hasattr(module, attr):  # PEFT may have deleted a vector
                 getattr(module, attr).copy_(self.bank.base.get(name))
+                self._at_base.add(name)
 
     @torch.no_grad()
     def take_base(self) -> None:
         """What the merged parameters hold now is the base."""
         for name, (module, attr) in self.sites.items():
             self.bank.base.get(name).copy_(getattr(module, attr).detach())
+            self._at_base.add(name)
+        self.take_masks()
+
+    def take_masks(self) -> None:
+        """The masks may be others than before."""
+        self._empty.clear()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def become_base(self) -> None:
         """The base's merged weights; private tensors, labels and generation settings are the default task's."""
-        self.restore_base()
+        if self.ready is None:
+            self.restore_base()
+        else:
+            self._use(BASE)
         entry = self.config.entry(self.config.default_task)
         for name, owners in self.private_sites.items():
             install(owners, self.bank.private_of(entry["key"], name))

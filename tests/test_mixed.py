@@ -798,3 +798,9 @@ def test_padding_of_maps_and_of_vocabularies():
     assert (maps[0][:, 2:] == -float("inf")).all() and (maps[0][:, :2] == 0).all()
     words = mixed.widen([torch.zeros(1, 7, 96), torch.zeros(2, 7, 98)], [2, 3], 5)
     assert [tuple(part.shape) for part in words] == [(1, 7, 98), (2, 7, 98)]
+
+
+def test_no_task_is_called_as_the_base_is(bert_inputs, tmp_path):
+    finetune = next(iter(bert_inputs.finetunes.values()))
+    with pytest.raises(emr_hf.OptionError, match="'__base__'.*mixed batch"):
+        emr_hf.merge(bert_inputs.base, {"__base__": finetune}, tmp_path / "out")

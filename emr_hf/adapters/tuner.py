@@ -6,7 +6,7 @@ Imports PEFT: import this file only where that is installed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,7 +99,7 @@ class _TunerSwitch(Switch):
                 self.originals[name] = getattr(*owners[0]).detach().clone()
         super().become(task)
 
-    def rebuild(self, name: str, key: str) -> None:
+    def rebuild(self, name: str, key: str) -> list[Callable[[], object]]:
         module, attr = self.sites[name]
         if not _is_quantised(getattr(module, attr)):
             return super().rebuild(name, key)
@@ -108,6 +108,7 @@ class _TunerSwitch(Switch):
         delta = (tau * bits.unpack(self.bank.mask_of(key, name), tau.shape)).to(device)  # M tau, exactly
         hook = _AddDelta(delta, self.bank.rescaler.get(key).to(device))
         self.hooks[name] = module.register_forward_hook(hook)
+        return []
 
     def _remove_hook(self, name: str) -> None:
         if name in self.hooks:
@@ -290,6 +291,8 @@ class EMRLayer(nn.Module, BaseTunerLayer):
 
 def _has_new_values(layer: EMRLayer, incompatible_keys: Any) -> None:
     layer._fresh = False
+    for switch in layer._switches.values():
+        switch.take_masks()
     if not any(buffer.is_meta for buffer in layer.buffers()):
         layer.sync()
 
