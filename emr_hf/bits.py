@@ -6,6 +6,8 @@ flat tensor. Unused bits of the last byte are 0.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,13 +77,23 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Te
     flat_out, flat_base, flat_tau = (t.detach().reshape(-1) for t in (target, base, tau))
     if kernels.takes(flat_out, flat_base, flat_tau, packed):
         kernels.rebuild(flat_base, flat_tau, packed, float(minus_rescaler), flat_out)
-        if not flat_out.is_inference():
-            torch.autograd.graph.increment_version(flat_out)  # a backward through the old weights is an error
+    elif device.type == "cuda" and _has_triton():
+        from . import triton_kernels
+
+        inputs = (tensor.to(device).contiguous() for tensor in (flat_base, flat_tau, packed, minus_rescaler))
+        triton_kernels.rebuild(*inputs, flat_out)
     else:
         _rebuild_with_torch(flat_base, flat_tau, packed, minus_rescaler, flat_out)
+    if not flat_out.is_inference():
+        torch.autograd.graph.increment_version(flat_out)  # a backward through the old weights is an error
     if target is not out:
         out.detach().copy_(target)
     return out
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _rebuild_with_torch(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: Tensor, out: Tensor) -> None:

@@ -16,7 +16,6 @@ from .errors import OptionError, RecipeError, nearest
 from .repo import parse_size
 from .sources import Reference
 
-
 BASE = "__base__"
 """Where a task is asked for: none, but the base's merged weights, with the head and the labels of the default task."""
 

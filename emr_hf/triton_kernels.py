@@ -1,0 +1,35 @@
+"""The rebuild of a task's weights on a GPU, in one pass. Imports Triton: import this file only where that is installed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _rebuild(base, tau, packed, minus_rescaler, out, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < numel
+    byte = tl.load(packed + index // 8, mask=inside, other=0).to(tl.int32)
+    weight = tl.load(base + index, mask=inside, other=0).to(tl.float32)
+    delta = tl.load(tau + index, mask=inside, other=0).to(tl.float32) * tl.load(minus_rescaler)
+    kept = tl.where((byte >> (index % 8).to(tl.int32)) & 1 == 1, delta, 0.0)
+    value = weight - kept
+    if out.dtype.element_ty == tl.bfloat16:
+        # To nearest, ties to even. Spelled out, since Triton's interpreter cuts off.
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        tl.store(out + index, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
+    else:
+        tl.store(out + index, value.to(out.dtype.element_ty), mask=inside)
+
+
+def rebuild(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: Tensor, out: Tensor) -> None:
+    """`bits.rebuild` of flat, contiguous tensors on one device; `minus_rescaler` is a float32 scalar."""
+    blocks = triton.cdiv(out.numel(), _BLOCK)
+    if blocks:
+        # Product and difference are rounded one after the other, as everywhere else.
+        _rebuild[(blocks,)](base, tau, packed, minus_rescaler, out, out.numel(), BLOCK=_BLOCK, enable_fp_fusion=False)
