@@ -80,8 +80,9 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Te
     elif device.type == "cuda" and _has_triton():
         from . import triton_kernels
 
-        inputs = (tensor.to(device).contiguous() for tensor in (flat_base, flat_tau, packed, minus_rescaler))
-        triton_kernels.rebuild(*inputs, flat_out)
+        triton_kernels.rebuild(
+            flat_base.to(device), flat_tau.to(device), packed.to(device).contiguous(), minus_rescaler, flat_out
+        )
     else:
         _rebuild_with_torch(flat_base, flat_tau, packed, minus_rescaler, flat_out)
     if not flat_out.is_inference():

@@ -7,24 +7,50 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from . import __version__
-from .errors import EMRError
+from .distributed import is_main_process, launch, launched_size
+from .errors import EMRError, OptionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, 1 after an error in the input, 130 when interrupted."""
+    """Run a command line; returns the exit status: 0, 1 after an error in the input, 130 when interrupted.
+
+    Of a launcher's processes all merge, the main one does everything else.
+    """
     options = _parser().parse_args(arguments)
-    _quiet_transformers()
+    options.arguments = sys.argv[1:] if arguments is None else arguments
+    if options.run is not _merge and not is_main_process():
+        return 0
     try:
+        status = _launch(options)
+        if status is not None:
+            return status
+        _quiet_transformers()
         options.run(options)
     except EMRError as error:
-        print(f"emr-hf: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
     except KeyboardInterrupt:
-        print("emr-hf: interrupted, nothing was written", file=sys.stderr)
+        _complain("interrupted, nothing was written")
         return 130
     return 0
+
+
+def _launch(options: argparse.Namespace) -> int | None:
+    """Start the processes that are asked for, unless a launcher has; their exit status."""
+    count, launched = getattr(options, "num_processes", None), launched_size()
+    if count is None or count == launched:
+        return None
+    if launched > 1:
+        raise OptionError(f"num_processes={count}: a launcher has started {launched} processes already")
+    return launch([sys.executable, "-m", "emr_hf", *options.arguments], count, Path(options.out))
+
+
+def _complain(message: str) -> None:
+    if is_main_process():
+        print(f"emr-hf: {message}", file=sys.stderr)
 
 
 def _quiet_transformers() -> None:
@@ -57,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_overwrite(sub)
     _add_layout(sub)
     _add_format(sub)
-    sub.add_argument("--threads", type=int, help="to work with (default: as many as torch has)")
+    sub.add_argument("--threads", type=int, help="to work with in each process (default: as many as torch has)")
+    sub.add_argument("--num-processes", type=int, help="to share the work out among (default: the launcher's, or one)")
     sub.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: %(default)s)")
     sub = verb(
         "add", _add, "add a task to a merged repo, without its other finetunes", "repo", "task", "finetune", "out"
@@ -127,14 +154,19 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from . import Recipe, check, merging
+    from . import Recipe, merge_recipe
 
-    checked = check(Recipe.load(options.recipe), options.out, options.overwrite, options.save_as)
-    print(checked, file=sys.stderr)
-    report = merging.run(
-        checked, options.out, overwrite=options.overwrite, threads=options.threads, device=options.device
+    report = merge_recipe(
+        Recipe.load(options.recipe),
+        options.out,
+        save_as=options.save_as,
+        overwrite=options.overwrite,
+        threads=options.threads,
+        device=options.device,
+        tell=lambda plan: print(plan, file=sys.stderr),
     )
-    _show(report, options.format)
+    if is_main_process():
+        _show(report, options.format)
 
 
 def _add(options: argparse.Namespace) -> None:

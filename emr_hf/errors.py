@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class EMRError(Exception):
     """Base class of this package's errors."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled by their state: some are made of other arguments than they keep.
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[EMRError], args: tuple[object, ...], state: dict[str, object]) -> EMRError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class OptionError(EMRError, ValueError):
@@ -59,6 +70,10 @@ class RepoError(EMRError):
 
 class OffloadedError(EMRError):
     """A task switch was asked of a model of which a part is offloaded; its weights cannot be rewritten in place."""
+
+
+class ProcessError(EMRError):
+    """One of the processes that a merge is shared out among has ended or failed, or they do not fit together."""
 
 
 class UnknownTaskError(EMRError, KeyError):

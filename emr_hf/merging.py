@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -16,12 +18,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from . import election
+from . import distributed, election
 from .adapters.export import save_adapters
 from .checking import check
 from .configuration import EMRConfig, task_entry
+from .distributed import ALONE, Team
 from .election import Partial, Sums, TensorElection, TensorSums, torch_threads
-from .errors import NonFiniteError, OptionError, one_line
+from .errors import MismatchError, NonFiniteError, OptionError, one_line
 from .heads import auto_map, wrapper_name
 from .hub import carry_files, write_repo_files
 from .plan import Plan, dtype_name
@@ -32,12 +35,14 @@ from .repo import (
     WeightsWriter,
     atomic_folder,
     copy_side_files,
+    create_weights,
     mask_name,
     model_name,
     private_name,
     rescaler_name,
     same_side_files,
     tau_name,
+    writing,
 )
 from .report import MergeReport, TaskReport
 from .sources import Reference, Source
@@ -64,6 +69,10 @@ def merge(
 
     Tensors are streamed: memory does not grow with the number or the size of the models.
 
+    Where `accelerate launch` or `torchrun` has started several processes, or torch.distributed is initialised, they
+    share the work out, and the repo is the same to the bit: every process has to make the same call, and gets the same
+    report, or the same error. They have to be on one machine, since all fill the same mapped files.
+
     Args:
         base: the pretrained model: a folder, a Hub id (`"me/repo@revision"`) or a loaded model; `None` to take the one
             that the adapters name.
@@ -75,9 +84,12 @@ def merge(
             a task, in `adapters/<task>`.
         rescale, tau_dtype, default_task, private, max_shard_size: see [`Recipe`].
         overwrite (*optional*): replace a merged repo at `out`.
-        progress (*optional*): whether to show a progress bar; by default where stderr is a terminal.
-        threads (*optional*): to work with, as many as torch has by default. The result is the same to the bit.
-        device (*optional*, defaults to `"cpu"`): where to compute, such as `"cuda"`. The result is the same.
+        progress (*optional*): whether to show a progress bar; by default where stderr is a terminal. Of several
+            processes the main one shows it.
+        threads (*optional*): to work with in each process, as many as torch has by default. The result is the same to
+            the bit.
+        device (*optional*, defaults to `"cpu"`): where to compute, such as `"cuda"`: with several processes, that of
+            each. The result is the same.
 
     Returns:
         the report that is also saved in the repo.
@@ -100,11 +112,28 @@ def merge_recipe(
     progress: bool | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    tell: Callable[[Plan], object] | None = None,
 ) -> MergeReport:
-    """[`merge`], for a [`Recipe`]."""
-    working_device(threads, device)  # before any reading
-    plan = check(recipe, out, overwrite, save_as)
-    return run(plan, out, overwrite=overwrite, progress=progress, threads=threads, device=device)
+    """[`merge`], for a [`Recipe`]. `tell` is given the plan before a tensor is read, in the main process."""
+
+    def prepare() -> Plan:
+        working_device(threads, device)  # before any reading
+        return check(recipe, out, overwrite, save_as)
+
+    with distributed.team(device) as team:
+        plan = team.each(prepare)
+        if len(set(team.gather(_fingerprint(plan)))) > 1:
+            raise MismatchError("the processes of this merge do not merge the same: all must be given the same inputs")
+        if tell is not None and team.is_main:
+            tell(plan)
+        return run(plan, out, overwrite=overwrite, progress=progress, threads=threads, device=device, team=team)
+
+
+def _fingerprint(plan: Plan) -> str:
+    """What all processes must agree on."""
+    checkpoints = (plan.base, *plan.finetunes.values())
+    sources = [(checkpoint.source.label, checkpoint.source.revision) for checkpoint in checkpoints]
+    return hashlib.sha256(repr((sources, plan.merged, plan.outputs)).encode()).hexdigest()
 
 
 def run(
@@ -115,14 +144,17 @@ def run(
     progress: bool | None = None,
     threads: int | None = None,
     device: torch.device | str = "cpu",
+    team: Team = ALONE,
 ) -> MergeReport:
     """Carry out a plan of [`check`]; see [`merge`]."""
     device = working_device(threads, device)
-    return write_repo(plan, out, overwrite, lambda writer: elect(plan, writer, progress, threads, device))
+    return write_repo(
+        plan, out, overwrite, lambda writer: elect(plan, writer, progress, threads, device, team), team=team
+    )
 
 
 def working_device(threads: int | None, device: torch.device | str) -> torch.device:
-    """Where to work.
+    """Where to work: of several GPUs this process' own.
 
     Raises:
         OptionError: this machine has no such device, or there is no such number of threads.
@@ -130,15 +162,18 @@ def working_device(threads: int | None, device: torch.device | str) -> torch.dev
     if threads is not None and threads < 1:
         raise OptionError(f"threads={threads}: expected at least 1")
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(f"device={device!r}: {one_line(error)}") from None
-    return torch.device(device)
 
 
 @torch.no_grad()
 def write_repo(
-    plan: Plan, out: str | Path, overwrite: bool, fill: Callable[[WeightsWriter], MergeReport]
+    plan: Plan,
+    out: str | Path,
+    overwrite: bool,
+    fill: Callable[[WeightsWriter], MergeReport],
+    team: Team = ALONE,
 ) -> MergeReport:
     """Write a repo.
 
@@ -146,29 +181,50 @@ def write_repo(
         plan: what it holds.
         out, overwrite: as for [`merge`].
         fill: writes unified vector and masks; returns the report, of which the rescalers are written.
+        team: the processes that call this.
     """
     started = time.perf_counter()
-    with atomic_folder(Path(out), overwrite) as folder:
-        for checkpoint in (plan.base, *plan.finetunes.values()):
+    checkpoints = (plan.base, *plan.finetunes.values())
+    with writing(Path(out)), ExitStack() as stack:
+
+        def begin() -> Path:
+            folder = stack.enter_context(atomic_folder(Path(out), overwrite))
+            for checkpoint in checkpoints:
+                checkpoint.scratch = folder
+                checkpoint.check_tied()
+            create_weights(folder, plan.outputs, plan.recipe.max_shard_size, plan.save_as)
+            return folder
+
+        folder = team.lead(begin)
+        for checkpoint in checkpoints:
             checkpoint.scratch = folder
-            checkpoint.check_tied()
-        writer = WeightsWriter(folder, plan.outputs, plan.recipe.max_shard_size, plan.save_as)
+        writer = team.each(lambda: WeightsWriter(folder, plan.outputs, plan.save_as))
         report = fill(writer)
-        _write_private(plan, writer)
-        _write_kept(plan, writer)
-        for task, key in plan.task_keys.items():
-            writer.view(rescaler_name(key)).fill_(report.tasks[task].rescaler)
-        writer.close()
-        report.seconds = time.perf_counter() - started
-        config = _config(plan, folder, report)
-        if plan.save_as == "model":
-            config.save_pretrained(folder)
-        else:
-            save_adapters(folder, config, _base_location(plan))
-        write_repo_files(folder, config, Path(out).name)
-        if plan.repo is not None:
-            carry_files(plan.repo, folder)
-    return report
+
+        def finish() -> MergeReport:
+            _finish(plan, writer, report, Path(out).name, started)
+            stack.close()  # the folder becomes `out`
+            return report
+
+        return team.lead(finish)
+
+
+def _finish(plan: Plan, writer: WeightsWriter, report: MergeReport, name: str, started: float) -> None:
+    """Write what is not merged, and all that is no tensor."""
+    _write_private(plan, writer)
+    _write_kept(plan, writer)
+    for task, key in plan.task_keys.items():
+        writer.view(rescaler_name(key)).fill_(report.tasks[task].rescaler)
+    writer.close()
+    report.seconds = time.perf_counter() - started
+    config = _config(plan, writer.folder, report)
+    if plan.save_as == "model":
+        config.save_pretrained(writer.folder)
+    else:
+        save_adapters(writer.folder, config, _base_location(plan))
+    write_repo_files(writer.folder, config, name)
+    if plan.repo is not None:
+        carry_files(plan.repo, writer.folder)
 
 
 def elect(
@@ -177,12 +233,29 @@ def elect(
     progress: bool | None,
     threads: int | None = None,
     device: torch.device | str = "cpu",
+    team: Team = ALONE,
 ) -> MergeReport:
-    """Elect the merged tensors into the files of a repo."""
+    """Elect the merged tensors into the files of a repo, each process its share."""
     count = torch.get_num_threads() if threads is None else threads
-    with torch_threads(1):  # blocks are too small to share, and waiting for a busy core costs many times the work
-        sums, tau_rounding = _write_merged(plan, writer, progress, count, device)
-    return _report(plan, sums, tau_rounding)
+    names = distributed.divide({name: plan.base.infos[name].nbytes for name in plan.merged}, team.size)[team.rank]
+    disable = not team.is_main or (None if progress is None else not progress)
+    stop = writer.folder / "stop"  # where one process has failed, the others need not go on
+
+    def share() -> dict[str, TensorSums]:
+        try:
+            return _write_merged(plan, (name for name in names if not stop.exists()), writer, bar, count, device)
+        except Exception:
+            with suppress(OSError):
+                stop.touch()
+            raise
+
+    total = sum(plan.base.infos[name].numel for name in names)
+    with (
+        torch_threads(1),  # blocks are too small to share, and waiting for a busy core costs many times the work
+        tqdm(total=total, desc="merging", unit=" elements", unit_scale=True, disable=disable) as bar,
+    ):
+        shares = team.together(share)
+    return _report(plan, {name: sums for found in shares for name, sums in found.items()})
 
 
 def _base_location(plan: Plan) -> tuple[str, str | None]:
@@ -198,27 +271,18 @@ def _base_location(plan: Plan) -> tuple[str, str | None]:
 
 
 def _write_merged(
-    plan: Plan, writer: WeightsWriter, progress: bool | None, threads: int, device: torch.device | str
-) -> tuple[dict[str, list[Sums]], float]:
-    """Elect every merged tensor into the files; returns each task's sums by tensor, and what rounding tau cost."""
-    sums: dict[str, list[Sums]] = {task: [] for task in plan.tasks}
-    squares, squares_rounding = [], []
-    total = sum(plan.base.infos[name].numel for name in plan.merged)
-    disable = None if progress is None else not progress
-    with tqdm(total=total, desc="merging", unit=" elements", unit_scale=True, disable=disable) as bar:
-        jobs = (job for name in plan.merged for job in _jobs(plan, writer, name, device))
-        for _, results in groupby(run_all(jobs, threads), key=itemgetter(0)):
-            parts = []
-            for _, part in results:
-                parts.append(part)
-                bar.update(part.numel)
-            found = TensorSums.total(parts)
-            for task, task_sums in zip(plan.tasks, found.tasks):
-                sums[task].append(task_sums)
-            squares.append(found.square)
-            squares_rounding.append(found.square_rounding)
-    square = math.fsum(squares)
-    return sums, (math.fsum(squares_rounding) / square) ** 0.5 if square else 0.0
+    plan: Plan, names: Iterable[str], writer: WeightsWriter, bar: tqdm, threads: int, device: torch.device | str
+) -> dict[str, TensorSums]:
+    """Elect merged tensors into the files; returns the sums of each."""
+    jobs = (job for name in names for job in _jobs(plan, writer, name, device))
+    found = {}
+    for name, results in groupby(run_all(jobs, threads), key=itemgetter(0)):
+        parts = []
+        for _, part in results:
+            parts.append(part)
+            bar.update(part.numel)
+        found[name] = TensorSums.total(parts)
+    return found
 
 
 def _jobs(
@@ -264,14 +328,19 @@ def _write_kept(plan: Plan, writer: WeightsWriter) -> None:
             writer.view(model_name(name)).copy_(plan.base.read(name))
 
 
-def _report(plan: Plan, sums: Mapping[str, list[Sums]], tau_rounding: float) -> MergeReport:
+def _report(plan: Plan, found: Mapping[str, TensorSums]) -> MergeReport:
+    """What the sums of all merged tensors tell."""
+    tensors = [found[name] for name in plan.merged]
+    sums = {task: [tensor.tasks[index] for tensor in tensors] for index, task in enumerate(plan.tasks)}
+    square = math.fsum(tensor.square for tensor in tensors)
+    rounding = math.fsum(tensor.square_rounding for tensor in tensors)
     report = MergeReport(
         base=plan.base.source.name,
         base_revision=plan.base.source.revision,
         architecture=plan.architecture,
         rescale=plan.recipe.rescale,
         tau_dtype=plan.recipe.tau_dtype,
-        tau_rounding=tau_rounding,
+        tau_rounding=(rounding / square) ** 0.5 if square else 0.0,
         merged_tensors=len(plan.merged),
         merged_elements=sum(plan.base.infos[name].numel for name in plan.merged),
         bytes_out=plan.bytes_out,

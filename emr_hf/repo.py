@@ -26,7 +26,6 @@ from transformers.utils import (
 )
 
 from .errors import CheckpointError, OptionError, RepoError, one_line
-from .sources import HUB_ERRORS
 from .storage import Storage, TensorInfo, open_adapter, open_folder, reserve
 
 FORMAT_VERSION = 2
@@ -212,6 +211,15 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raise RepoError where the disk does not take what is written."""
+    try:
+        yield
+    except OSError as error:
+        raise RepoError(f"cannot write {out}: {one_line(error)}") from error
+
+
+@contextmanager
 def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `out` only when the block ends well.
 
@@ -221,21 +229,38 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         RepoError: `out` may not be replaced, or the disk does not take it.
     """
     check_target(out, overwrite)
-    out = out.resolve() if out.is_symlink() else out.absolute()
+    out = _place_of(out)
     new_parents = [parent for parent in out.parents if not parent.exists()]
-    staging = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        _become(out, staging)
-    except OSError as error:
-        raise RepoError(f"cannot write {out}: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not out.exists():
-            for parent in new_parents:
-                with suppress(OSError):
-                    parent.rmdir()
+    staging = out.parent / f"{_unfinished_name(out, os.getpid())}{uuid.uuid4().hex[:8]}"
+    with writing(out):
+        try:
+            staging.mkdir(parents=True)
+            yield staging
+            _become(out, staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            if not out.exists():
+                for parent in new_parents:
+                    with suppress(OSError):
+                        parent.rmdir()
+
+
+def _place_of(out: Path) -> Path:
+    return out.resolve() if out.is_symlink() else out.absolute()
+
+
+def _unfinished_name(out: Path, process: int) -> str:
+    """What the name of a process' unfinished `out` begins with."""
+    return f".{out.name}.partial-{process}-"
+
+
+def remove_unfinished(out: Path, process: int) -> None:
+    """Remove what a killed process had of `out`."""
+    out = _place_of(out)
+    if out.parent.is_dir():
+        for path in out.parent.iterdir():
+            if path.name.startswith(_unfinished_name(out, process)):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _become(out: Path, staging: Path) -> None:
@@ -265,11 +290,10 @@ def _exchange(one: Path, other: Path) -> bool:
     return renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0
 
 
-class WeightsWriter:
-    """Safetensors files whose tensors are filled in place, in any order and piece by piece.
-
-    All names, shapes and dtypes are known from the start, so the headers are written and the space reserved first; a
-    tensor is then a view of its file. `safetensors` itself needs every tensor of a file in memory at once.
+def create_weights(
+    folder: Path, tensors: Mapping[str, TensorInfo], max_shard_size: str | int, layout: str = "model"
+) -> None:
+    """Write safetensors files whose tensors are yet to be filled in by [`WeightsWriter`], and reserve their space.
 
     Args:
         folder: where to.
@@ -277,52 +301,63 @@ class WeightsWriter:
         max_shard_size: bytes of a file, or a size such as `"5GB"`; PEFT reads a single one.
         layout (*optional*, defaults to `"model"`): which of `LAYOUTS`.
     """
+    if layout == "peft":
+        _create_file(folder / ADAPTER_SAFE_WEIGHTS_NAME, tensors, layout)
+        return
+    shards = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda info: info.nbytes,
+        filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=parse_size(max_shard_size),
+    )
+    for file_name, names in shards.filename_to_tensors.items():
+        _create_file(folder / file_name, {name: tensors[name] for name in names}, layout)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    def __init__(
-        self,
-        folder: Path,
-        tensors: Mapping[str, TensorInfo],
-        max_shard_size: str | int,
-        layout: str = "model",
-    ):
-        self._maps: dict[str, tuple[mmap.mmap, int]] = {}
+
+def _create_file(path: Path, tensors: Mapping[str, TensorInfo], layout: str) -> None:
+    # Widest dtype first keeps every tensor aligned, as safetensors' own writer does.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        info = tensors[name]
+        start, end = end, end + info.nbytes
+        dtype = _SAFETENSORS_DTYPES[info.dtype]
+        header[stored_name(name, layout)] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.flush()
+        reserve(file.fileno(), file.tell() + end)
+
+
+class WeightsWriter:
+    """The files of [`create_weights`], whose tensors are filled in place, in any order and piece by piece.
+
+    All names, shapes and dtypes are known from the start, so a tensor is a view of its file; `safetensors` itself
+    needs every tensor of a file in memory at once. Several processes may fill one file, each its own tensors.
+
+    Args:
+        folder, tensors, layout: as for [`create_weights`].
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], layout: str = "model"):
+        self.folder = folder
         self._tensors = tensors
-        self._layout = layout
-        if layout == "peft":
-            self._create(folder / ADAPTER_SAFE_WEIGHTS_NAME, list(tensors))
-            return
-        shards = split_state_dict_into_shards_factory(
-            dict(tensors),
-            get_storage_size=lambda info: info.nbytes,
-            filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
-            max_shard_size=parse_size(max_shard_size),
-        )
-        for file_name, names in shards.filename_to_tensors.items():
-            self._create(folder / file_name, names)
-        if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def _create(self, path: Path, names: list[str]) -> None:
-        # Widest dtype first keeps every tensor aligned, as safetensors' own writer does.
-        names = sorted(names, key=lambda name: (-self._tensors[name].dtype.itemsize, name))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        starts, end = {}, 0
-        for name in names:
-            info = self._tensors[name]
-            starts[name], end = end, end + info.nbytes
-            dtype = _SAFETENSORS_DTYPES[info.dtype]
-            entry = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [starts[name], end]}
-            header[stored_name(name, self._layout)] = entry
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with path.open("wb+") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            data_start = file.tell()
-            if end:
-                reserve(file.fileno(), data_start + end)
-                mapped = mmap.mmap(file.fileno(), data_start + end)
-                self._maps.update({name: (mapped, data_start + start) for name, start in starts.items()})
+        places: dict[str, tuple[mmap.mmap, int]] = {}
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb+") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+                mapped = mmap.mmap(file.fileno(), 0)
+            del header["__metadata__"]
+            for stored, entry in header.items():
+                places[stored] = mapped, 8 + length + entry["data_offsets"][0]
+        self._maps = {name: places[stored_name(name, layout)] for name in tensors}
 
     def view(self, name: str) -> Tensor:
         """The tensor's place in its file; what is assigned to its elements is written."""
@@ -333,7 +368,7 @@ class WeightsWriter:
         return torch.frombuffer(mapped, dtype=info.dtype, count=info.numel, offset=offset).view(info.shape)
 
     def close(self) -> None:
-        """Write everything to the disk."""
+        """Write everything to the disk, what other processes have filled in too."""
         for mapped in {id(m): m for m, _ in self._maps.values()}.values():
             mapped.flush()
         self._maps.clear()
@@ -374,6 +409,9 @@ def fetch_repo(repo: str | Path) -> Path:
     Raises:
         RepoError: it is neither.
     """
+    # Not above: by way of transformers it imports our configuration, which imports this file.
+    from .sources import HUB_ERRORS
+
     folder = Path(repo)
     if not folder.exists():
         try:

@@ -1,4 +1,7 @@
-"""The rebuild of a task's weights on a GPU, in one pass. Imports Triton: import this file only where that is installed."""
+"""The rebuild of a task's weights on a GPU, in one pass.
+
+Imports Triton: import this file only where that is installed.
+"""
 
 from __future__ import annotations
 

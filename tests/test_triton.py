@@ -37,7 +37,9 @@ print("same")
 
 
 def compare(device, **environment):
-    cases = [",".join(str(d).removeprefix("torch.") for d in (b, t, o)) for b in DTYPES for t in DTYPES for o in DTYPES]
+    cases = [
+        ",".join(str(d).removeprefix("torch.") for d in (b, t, o)) for b in DTYPES for t in DTYPES for o in DTYPES
+    ]
     command = [sys.executable, "-c", COMPARE, device, *cases]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert result.stdout.strip() == "same", result.stderr

@@ -1,0 +1,393 @@
+"""One merge shared out among processes: the same repo to the bit, and a clean end whatever happens to one of them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import emr_hf
+from emr_hf import cli, distributed, errors, merging, repo
+from tests import adapters, tiny
+from tests.test_cli import assert_one_line_error, write_recipe
+from tests.test_sources import copy_of, edit_tensors
+
+# Processes are forked off one that has imported everything, once, and has no threads.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["accelerate", "peft", "emr_hf.modeling", "tests.test_distributed"])
+AT_MOST = 60  # seconds, on a busy machine
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+OPENMPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
+
+
+@pytest.fixture
+def in_processes(tmp_path_factory):
+    """Call a function of this file in processes of a launcher: what each returned or raised, its status and its id."""
+
+    def run(count, function, *arguments, launcher="torchrun"):
+        port, folder = distributed._free_port(), tmp_path_factory.mktemp("answers")
+        processes = []
+        for rank in range(count):
+            environment = distributed._environment(rank, count, port)
+            call = (folder / str(rank), launcher, environment, function, arguments)
+            processes.append(FORKS.Process(target=_call, args=call))
+            processes[-1].start()
+        deadline = time.monotonic() + AT_MOST
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        hanging = [process for process in processes if process.is_alive()]
+        for process in hanging:
+            process.kill()
+        assert not hanging
+        answers = [folder / str(rank) for rank in range(count)]
+        return [
+            SimpleNamespace(answer=pickle.loads(a.read_bytes()) if a.exists() else None, status=p.exitcode, pid=p.pid)
+            for p, a in zip(processes, answers)
+        ]
+
+    return run
+
+
+def _call(answer, launcher, environment, function, arguments):
+    torch.set_num_threads(1)
+    if launcher == "none":
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        address = f"tcp://127.0.0.1:{environment['MASTER_PORT']}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    else:
+        names = OPENMPI if launcher == "mpirun" else {}
+        os.environ.update({names.get(name, name): value for name, value in environment.items()})
+    answer.write_bytes(pickle.dumps(outcome(function, *arguments)))
+
+
+def outcome(function, *arguments, **options):
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        return error
+
+
+def files_of(folder):
+    """The bytes of every file, but for the time that the merge took."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("config.json", "adapter_config.json", "emr_report.json"):
+        if name in files:
+            files[name] = json.loads(files[name], object_hook=lambda fields: {**fields, "seconds": None})
+    return files
+
+
+def timeless(report):
+    return {**vars(report), "seconds": None}
+
+
+# The same repo
+
+
+@pytest.fixture(scope="module")
+def jobs(bert_inputs, tmp_path_factory):
+    """Calls of `merge` by name, without `out`; the last ones fail."""
+    folder = tmp_path_factory.mktemp("jobs")
+    base, full = bert_inputs.base, bert_inputs.finetunes
+    for seed, kind, settings in ((1, "LORA", adapters.BERT_LORA), (2, "IA3", adapters.BERT_IA3), (3, "IA3", {})):
+        settings = {**(settings or adapters.BERT_IA3), "task_type": "SEQ_CLS"}
+        adapters.write_adapter(folder / f"{kind}{seed}", tiny.BERT.architecture, base, settings, seed, kind)
+    nan = torch.full((32, 32), math.nan)
+    merged = edit_tensors(copy_of(full["items"], folder / "merged"), **{QUERY.replace(".", "__"): nan})
+    private = edit_tensors(copy_of(full["items"], folder / "private"), classifier__bias=nan[0, :2])
+    narrow = {"max_shard_size": "20KB", "tau_dtype": "bfloat16", "rescale": "tensor_mean"}
+    return {
+        "full": {"base": base, "finetunes": full},
+        "sharded": {"base": base, "finetunes": full, **narrow},
+        "lora": {"base": base, "finetunes": {"lora": folder / "LORA1", "full": full["items"]}},
+        "ia3": {"base": base, "finetunes": {"one": folder / "IA32", "two": folder / "IA33"}, "save_as": "peft"},
+        "merged": {"base": base, "finetunes": {"a": full["items"], "bad": merged}},
+        "private": {"base": base, "finetunes": {"a": full["items"], "bad": private}},
+    }
+
+
+def merge_all(jobs, folder):
+    reports = {name: outcome(emr_hf.merge, **job, out=folder / name) for name, job in jobs.items()}
+    nowhere = outcome(emr_hf.merge, **jobs["full"], out=folder / "nowhere", device="nowhere")
+    again = outcome(emr_hf.merge, **jobs["full"], out=folder / "full", overwrite=True)  # after merges that have failed
+    refused = outcome(emr_hf.merge, **jobs["full"], out=folder / "full")
+    return {**reports, "nowhere": nowhere, "again": again, "refused": refused}
+
+
+@pytest.mark.parametrize(("count", "launcher"), [(2, "mpirun"), (3, "torchrun")])
+def test_processes_make_the_repo_that_one_makes(in_processes, jobs, tmp_path, count, launcher):
+    [alone] = in_processes(1, merge_all, jobs, tmp_path / "one")
+    shared = in_processes(count, merge_all, jobs, tmp_path / "many", launcher=launcher)
+    assert [process.status for process in shared] == [0] * count
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["full", "ia3", "lora", "sharded"]
+    for name in ("full", "ia3", "lora", "sharded"):
+        assert files_of(tmp_path / "many" / name) == files_of(tmp_path / "one" / name)
+        for process in shared:
+            assert timeless(process.answer[name]) == timeless(alone.answer[name])
+        assert len({process.answer[name].seconds for process in shared}) == 1
+    for name, text in (("merged", f"bad: {QUERY}[0, 0] is nan"), ("private", "bad: classifier.bias[0] is nan")):
+        for process in [alone, *shared]:
+            assert type(process.answer[name]) is emr_hf.NonFiniteError
+            assert str(process.answer[name]).startswith(text)
+    for process in shared:
+        assert timeless(process.answer["again"]) == timeless(alone.answer["full"])
+        assert type(process.answer["refused"]) is emr_hf.RepoError
+        assert type(process.answer["nowhere"]) is emr_hf.OptionError
+
+
+def test_tensors_are_shared_out_by_size_and_modules_stay_together():
+    sizes = {"a.weight": 90, "a.bias": 1, "b.weight": 50, "b.bias": 1, "c.weight": 40, "d": 5}
+    assert distributed.divide(sizes, 1) == [list(sizes)]
+    assert distributed.divide(sizes, 2) == [["a.weight", "a.bias", "d"], ["b.weight", "b.bias", "c.weight"]]
+    assert distributed.divide(sizes, 9)[4:] == [[]] * 5
+
+
+# What goes wrong in one process goes wrong in all
+
+
+def faulty(job, folder):
+    """Merges with a fault in process 1; what each process makes of them."""
+    rank = torch.distributed.get_rank()
+    merge = {**job, "out": folder / "out"}
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(merging, "check", _raises(emr_hf.CheckpointError("b: no weights here")))
+        found.append(outcome(emr_hf.merge, **merge))
+    for error in (OSError(errno.ENOSPC, "No space left on device"), ZeroDivisionError("by chance")):
+        elected = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(merging, "_jobs", _raises(error) if rank == 1 else _waiting(merging._jobs, elected))
+            found.append(outcome(emr_hf.merge, **merge))
+        assert len(elected) <= 1  # where another has failed a process does not go on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "node", lambda: f"machine{rank}")
+        found.append(outcome(emr_hf.merge, **merge))
+    tasks = dict(reversed(job["finetunes"].items())) if rank == 1 else job["finetunes"]
+    found.append(outcome(emr_hf.merge, **{**merge, "finetunes": tasks}))
+    return found
+
+
+def _raises(error):
+    def run(*arguments, **options):
+        raise error
+
+    return run
+
+
+def _waiting(function, calls):
+    def run(plan, writer, *arguments):
+        calls.append(arguments)
+        while not (writer.folder / "stop").exists():
+            time.sleep(0.01)
+        return function(plan, writer, *arguments)
+
+    return run
+
+
+def test_an_error_of_one_process_is_that_of_all(in_processes, jobs, tmp_path):
+    processes = in_processes(2, faulty, jobs["full"], tmp_path, launcher="none")
+    assert not any(tmp_path.iterdir())
+    for process in processes:
+        missing, full, _, machines, inputs = process.answer
+        assert (type(missing), str(missing)) == (emr_hf.CheckpointError, "b: no weights here")
+        assert type(full) is emr_hf.RepoError and "No space left" in str(full)
+        assert type(machines) is errors.ProcessError and "machine0, machine1" in str(machines)
+        assert type(inputs) is emr_hf.MismatchError
+    assert type(processes[1].answer[2]) is ZeroDivisionError
+    told = processes[0].answer[2]
+    assert type(told) is errors.ProcessError and "process 1" in str(told) and "ZeroDivisionError" in str(told)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.NonFiniteError(1, 5, math.inf).located("a.weight", (2, 3), "task"),
+        errors.UnknownTaskError("itesm", ["items"]),
+        errors.RecipeError("no"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_arrives_as_it_was_sent(error):
+    arrived = pickle.loads(pickle.dumps(error))
+    assert (type(arrived), str(arrived), vars(arrived)) == (type(error), str(error), vars(error))
+
+
+# The end of a process
+
+
+def struck(job, out, victim, number):
+    """A merge in which one process is sent a signal at its first tensor."""
+    if torch.distributed.get_rank() == victim:
+        merging._jobs = lambda *arguments: os.kill(os.getpid(), number) or iter([])
+    return emr_hf.merge(**job, out=out, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "status"),
+    [(1, signal.SIGKILL, -signal.SIGKILL), (0, signal.SIGKILL, -signal.SIGKILL), (0, signal.SIGTERM, 143)],
+)
+def test_the_end_of_a_process_is_the_end_of_the_merge(in_processes, jobs, bert_repo, tmp_path, victim, number, status):
+    out = copy_of(bert_repo, tmp_path / "out")
+    job = {**jobs["full"], "finetunes": {"only": jobs["full"]["finetunes"]["items"]}}
+    processes = in_processes(3, struck, job, out, victim, number, launcher="none")
+    assert processes[victim].status == status
+    for process in [process for rank, process in enumerate(processes) if rank != victim]:
+        assert type(process.answer) is errors.ProcessError
+    if processes[0].status == -signal.SIGKILL:
+        assert len(list(tmp_path.iterdir())) == 2
+        repo.remove_unfinished(out, processes[0].pid)  # as the parent of a launch does
+    assert list(tmp_path.iterdir()) == [out]
+    assert files_of(out) == files_of(bert_repo)
+
+
+# Processes of our own
+
+
+CHILD = """
+import os, shutil, signal, sys, time
+from pathlib import Path
+out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+does = sys.argv[2 + rank]
+unfinished = out.parent / f".{out.name}.partial-{os.getpid()}-x"
+def leave(status):
+    shutil.rmtree(unfinished, ignore_errors=True)
+    sys.exit(status)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if does == "ignores" else lambda *_: leave(143))
+if rank == 0:
+    unfinished.mkdir()
+if does == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+if does == "works":
+    (out.parent / str(rank)).write_text(str({**os.environ}))
+if does in ("waits", "ignores"):
+    time.sleep(100)
+leave(int(does) if does.isdigit() else 0)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "_TO_FAIL", 0.5)
+    monkeypatch.setattr(distributed, "_TO_CLEAN_UP", 1.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+
+    def run(*does):
+        out = tmp_path / "out"
+        return distributed.launch([sys.executable, "-c", CHILD, str(out), *does], len(does), out)
+
+    return run
+
+
+def test_launched_processes_know_each_other_and_share_the_cores(launch, tmp_path):
+    assert launch("works", "works", "works") == 0
+    known = [eval((tmp_path / str(rank)).read_text()) for rank in range(3)]
+    for rank, environment in enumerate(known):
+        assert (environment["RANK"], environment["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (environment["WORLD_SIZE"], environment["OMP_NUM_THREADS"]) == ("3", "1")
+        assert environment["MASTER_PORT"] == known[0]["MASTER_PORT"]
+
+
+@pytest.mark.parametrize(
+    ("does", "text"),
+    [
+        (("waits", "dies", "waits"), "process 1 of 3 was ended by SIGKILL"),
+        (("dies", "waits"), "process 0 of 2 was ended by SIGKILL"),
+        (("ignores", "3"), "process 1 of 2 ended with status 3"),
+    ],
+)
+def test_one_that_dies_ends_the_others(launch, tmp_path, does, text):
+    with pytest.raises(errors.ProcessError, match=text):
+        launch(*does)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_main_process_says_is_enough(launch, tmp_path):
+    assert launch("1", "waits") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def interrupted(out, number):
+    """A launch that is sent a signal once its main process has begun."""
+
+    def strike():
+        while not any(out.parent.iterdir()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=strike).start()
+    try:
+        return distributed.launch([sys.executable, "-c", CHILD, str(out), "waits", "waits"], 2, out)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_all_processes(in_processes, tmp_path, number, status):
+    [process] = in_processes(1, interrupted, tmp_path / "out", number)
+    assert process.status == status
+    assert not any(tmp_path.iterdir())
+
+
+# The command
+
+
+def test_accelerate_launches_the_command(bert_inputs, bert_repo, tmp_path):
+    recipe, out = write_recipe(bert_inputs, tmp_path / "recipe.yaml"), tmp_path / "merged"
+    launcher = [Path(sysconfig.get_path("scripts")) / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launcher, "--main_process_port", str(distributed._free_port()), "-m", "emr_hf", "merge", recipe, out]
+    done = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, timeout=AT_MOST)
+    assert done.returncode == 0, done.stderr
+    assert files_of(out) == files_of(bert_repo)
+    assert json.loads(done.stdout) == json.loads((out / "emr_report.json").read_text())
+    assert done.stderr.count("BertForSequenceClassification, 3 tasks") == 1
+
+
+def test_processes_that_the_command_launches_tell_of_an_error_once(jobs, tmp_path, capfd):
+    recipe = write_recipe(SimpleNamespace(**jobs["merged"]), tmp_path / "recipe.yaml")
+    status = cli.main(["merge", str(recipe), str(tmp_path / "out"), "--num-processes", "2"])
+    captured = capfd.readouterr()
+    told = [line for line in captured.err.splitlines() if line.startswith("emr-hf: ")]
+    assert (status, captured.out, len(told)) == (1, "", 1)
+    assert f"bad: {QUERY}[0, 0] is nan" in told[0] and "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_of_a_launchers_processes_the_main_one_does_what_is_no_merge(bert_repo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")  # as a cluster may name its machines
+    assert cli.main(["inspect", str(bert_repo)]) == 0 and capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main(["inspect", str(bert_repo)]) == 0 and not capsys.readouterr().out
+    assert cli.main(["export", str(bert_repo), str(tmp_path / "x"), "--task", "items"]) == 0
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["inspect", str(bert_repo)]) == 0 and capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "launched", "named"), [(0, 1, "num_processes=0"), (3, 2, "2 processes already")])
+def test_a_wrong_number_of_processes_is_one_line(tmp_path, monkeypatch, capsys, count, launched, named):
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", launched)):
+        monkeypatch.setenv(name, str(value))
+    status = cli.main(["merge", "recipe.yaml", str(tmp_path / "out"), "--num-processes", str(count)])
+    captured = capsys.readouterr()
+    assert_one_line_error(SimpleNamespace(status=status, out=captured.out, err=captured.err), named)
