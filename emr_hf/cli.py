@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Of a launcher's processes all merge, the main one does everything else.
     """
+    collecting = gc.isenabled()
+    gc.disable()  # importing torch and transformers makes a million objects, and what follows few
+    try:
+        return _main(arguments)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else arguments
     if options.run is not _merge and not is_main_process():

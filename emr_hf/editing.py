@@ -106,11 +106,11 @@ def _copy_merge(old: FinishedRepo, plan: Plan, writer: WeightsWriter) -> MergeRe
     """Copy the unified vector and the masks of the tasks that stay."""
     for name in plan.merged:
         if plan.save_as == "model":
-            writer.view(model_name(name)).copy_(plan.base.read(name))
-        writer.view(tau_name(name)).copy_(old.storage.read(tau_name(name)))
+            writer.write(model_name(name), plan.base.read(name))
+        writer.write(tau_name(name), old.storage.read(tau_name(name)))
         for task, key in plan.task_keys.items():
             stored = mask_name(old.config.entry(task)["key"], name)
-            writer.view(mask_name(key, name)).copy_(old.storage.read(stored))
+            writer.write(mask_name(key, name), old.storage.read(stored))
     gone = [numbers for task, numbers in old.report.tasks.items() if task not in plan.finetunes]
     return replace(
         old.report,

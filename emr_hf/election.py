@@ -393,19 +393,15 @@ class TensorElection:
     Attributes:
         base: any shape and float dtype; read as if flat.
         finetunes: N tensors of the base's shape, or what a merge has kept of one.
-        tau, masks: where the unified vector and the packed masks are written, as for [`elect_block`], which says what
-            is raised.
         device: where the work is done.
     """
 
     base: Tensor
     finetunes: Sequence[Tensor | StoredVector]
-    tau: Tensor
-    masks: Sequence[Tensor]
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        self.base, self.tau = self.base.reshape(-1), self.tau.view(-1)
+        self.base = self.base.reshape(-1)
         self.finetunes = [given if isinstance(given, StoredVector) else given.reshape(-1) for given in self.finetunes]
 
     def blocks(self) -> list[slice]:
@@ -413,14 +409,12 @@ class TensorElection:
         numel, step = self.base.numel(), block_size(len(self.finetunes), self.device)
         return [slice(start, min(start + step, numel)) for start in range(0, max(numel, 1), step)]
 
-    def run(self, block: slice) -> Partial:
-        """Elect one of the blocks."""
+    def run(self, block: slice, tau: Tensor, masks: Sequence[Tensor]) -> Partial:
+        """Elect one of the blocks into `tau` and `masks`, see [`elect_block`]."""
         inputs = [
             TaskVector(given[block]) if isinstance(given, StoredVector) else given[block] for given in self.finetunes
         ]
-        packed = slice(block.start // 8, bits.packed_size(block.stop))
-        masks = [mask[packed] for mask in self.masks]
-        return elect_block(self.base[block], inputs, self.tau[block], masks, block.start, self.device)
+        return elect_block(self.base[block], inputs, tau, masks, block.start, self.device)
 
 
 @dataclass
@@ -501,9 +495,14 @@ def _merge_tensor(
 ) -> tuple[Tensor, list[Tensor], list[Sums]]:
     tau = torch.zeros(base.shape)
     packed = [torch.zeros(bits.packed_size(base.numel()), dtype=torch.uint8) for _ in finetunes]
-    election = TensorElection(base, list(finetunes.values()), tau, packed)
+    election = TensorElection(base, list(finetunes.values()))
+
+    def elect_one(block: slice) -> Partial:
+        where = slice(block.start // 8, bits.packed_size(block.stop))
+        return election.run(block, tau.view(-1)[block], [mask[where] for mask in packed])
+
     try:
-        parts = list(run_all((partial(election.run, block) for block in election.blocks()), threads))
+        parts = list(run_all((partial(elect_one, block) for block in election.blocks()), threads))
     except NonFiniteError as error:
         raise error.located(name, base.shape, ["base", *finetunes][error.source + 1]) from None
     return tau, [bits.unpack(mask, base.shape) for mask in packed], TensorSums.total(parts).tasks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import distributed, election
+from . import bits, distributed, election
 from .adapters.export import save_adapters
 from .checking import check
 from .configuration import EMRConfig, task_entry
@@ -214,7 +216,7 @@ def _finish(plan: Plan, writer: WeightsWriter, report: MergeReport, name: str, s
     _write_private(plan, writer)
     _write_kept(plan, writer)
     for task, key in plan.task_keys.items():
-        writer.view(rescaler_name(key)).fill_(report.tasks[task].rescaler)
+        writer.write(rescaler_name(key), torch.tensor(report.tasks[task].rescaler))
     writer.close()
     report.seconds = time.perf_counter() - started
     config = _config(plan, writer.folder, report)
@@ -285,31 +287,46 @@ def _write_merged(
     return found
 
 
+class _Scratch(threading.local):
+    """Tensors for what a block elects, one set a thread: new ones would be new pages for every block."""
+
+    held = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, numel: int, tau_dtype: torch.dtype, tasks: int) -> tuple[Tensor, list[Tensor]]:
+        packed, tau_bytes = bits.packed_size(numel), numel * tau_dtype.itemsize
+        if self.held.numel() < tau_bytes + tasks * packed:
+            self.held = torch.empty(tau_bytes + tasks * packed, dtype=torch.uint8)
+        masks = self.held[tau_bytes : tau_bytes + tasks * packed].view(tasks, packed)
+        return self.held[:tau_bytes].view(tau_dtype), list(masks)
+
+
+_scratch = _Scratch()
+
+
 def _jobs(
     plan: Plan, writer: WeightsWriter, name: str, device: torch.device | str
 ) -> Iterator[Callable[[], tuple[str, Partial]]]:
     """The blocks of a merged tensor, each to be elected into the files; a job returns the name and its sums."""
     # Task vectors are differences from the base as it is stored: what they are added to again.
     base = plan.base.read(name).to(plan.stored_dtype(name))
-    base_out = writer.view(model_name(name)).view(-1) if plan.save_as == "model" else None
-    election = TensorElection(
-        base,
-        [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()],
-        writer.view(tau_name(name)),
-        [writer.view(mask_name(key, name)) for key in plan.task_keys.values()],
-        device,
-    )
+    tensor = TensorElection(base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()], device)
+    tau_dtype = writer.dtype_of(tau_name(name))
+    mask_names = [mask_name(key, name) for key in plan.task_keys.values()]
 
     def job(block: slice) -> tuple[str, Partial]:
+        tau, masks = _scratch.take(block.stop - block.start, tau_dtype, len(mask_names))
         try:
-            part = election.run(block)
+            part = tensor.run(block, tau, masks)
         except NonFiniteError as error:
             raise error.located(name, base.shape, ["base", *plan.tasks][error.source + 1]) from None
-        if base_out is not None:
-            base_out[block] = election.base[block]  # while it is in the cache
+        writer.write(tau_name(name), tau, block.start)
+        for stored, mask in zip(mask_names, masks):
+            writer.write(stored, mask, block.start // 8)
+        if plan.save_as == "model":
+            writer.write(model_name(name), tensor.base[block], block.start)
         return name, part
 
-    return (partial(job, block) for block in election.blocks())
+    return (partial(job, block) for block in tensor.blocks())
 
 
 def _write_private(plan: Plan, writer: WeightsWriter) -> None:
@@ -318,14 +335,14 @@ def _write_private(plan: Plan, writer: WeightsWriter) -> None:
             value = plan.finetunes[task].read(name)
             if (bad := election.first_non_finite(value)) is not None:
                 raise NonFiniteError(index, bad, float(value.reshape(-1)[bad])).located(name, value.shape, task)
-            writer.view(private_name(key, name)).copy_(value)
+            writer.write(private_name(key, name), value)
 
 
 def _write_kept(plan: Plan, writer: WeightsWriter) -> None:
     """What no finetune touches goes from the base into the repo as it is."""
     if plan.save_as == "model":
         for name in plan.kept:
-            writer.view(model_name(name)).copy_(plan.base.read(name))
+            writer.write(model_name(name), plan.base.read(name))
 
 
 def _report(plan: Plan, found: Mapping[str, TensorSums]) -> MergeReport:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import os
 import re
 import shutil
@@ -336,10 +335,11 @@ def _create_file(path: Path, tensors: Mapping[str, TensorInfo], layout: str) -> 
 
 
 class WeightsWriter:
-    """The files of [`create_weights`], whose tensors are filled in place, in any order and piece by piece.
+    """The files of [`create_weights`], whose tensors are filled in any order and piece by piece.
 
-    All names, shapes and dtypes are known from the start, so a tensor is a view of its file; `safetensors` itself
-    needs every tensor of a file in memory at once. Several processes may fill one file, each its own tensors.
+    All names, shapes and dtypes are known from the start; `safetensors` itself needs every tensor of a file in memory
+    at once. Any thread may write, and several processes may fill one file, each its own tensors. Nothing is mapped:
+    the system would fill each new page with zeros first.
 
     Args:
         folder, tensors, layout: as for [`create_weights`].
@@ -348,30 +348,49 @@ class WeightsWriter:
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], layout: str = "model"):
         self.folder = folder
         self._tensors = tensors
-        places: dict[str, tuple[mmap.mmap, int]] = {}
-        for path in folder.glob("*.safetensors"):
-            with path.open("rb+") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-                mapped = mmap.mmap(file.fileno(), 0)
-            del header["__metadata__"]
-            for stored, entry in header.items():
-                places[stored] = mapped, 8 + length + entry["data_offsets"][0]
-        self._maps = {name: places[stored_name(name, layout)] for name in tensors}
+        self._files: list[int] = []
+        places: dict[str, tuple[int, int]] = {}
+        try:
+            for path in folder.glob("*.safetensors"):
+                file = os.open(path, os.O_RDWR)
+                self._files.append(file)
+                (length,) = struct.unpack("<Q", os.pread(file, 8, 0))
+                header = json.loads(os.pread(file, length, 8))
+                del header["__metadata__"]
+                for stored, entry in header.items():
+                    places[stored] = file, 8 + length + entry["data_offsets"][0]
+        except BaseException:
+            self._close()
+            raise
+        self._places = {name: places[stored_name(name, layout)] for name in tensors}
 
-    def view(self, name: str) -> Tensor:
-        """The tensor's place in its file; what is assigned to its elements is written."""
-        info = self._tensors[name]
-        if info.numel == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
-        mapped, offset = self._maps[name]
-        return torch.frombuffer(mapped, dtype=info.dtype, count=info.numel, offset=offset).view(info.shape)
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor is stored in."""
+        return self._tensors[name].dtype
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Write elements of a tensor, from its element `start` on; they are cast to its dtype."""
+        file, offset = self._places[name]
+        dtype = self._tensors[name].dtype
+        flat = values.detach().to("cpu", dtype).contiguous().reshape(-1)
+        content = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        offset += start * dtype.itemsize
+        while content:  # a system call writes 2 GB at most
+            written = os.pwrite(file, content, offset)
+            content, offset = content[written:], offset + written
 
     def close(self) -> None:
         """Write everything to the disk, what other processes have filled in too."""
-        for mapped in {id(m): m for m, _ in self._maps.values()}.values():
-            mapped.flush()
-        self._maps.clear()
+        for file in self._files:
+            os.fsync(file)
+        self._close()
+
+    def _close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+    def __del__(self) -> None:
+        self._close()
 
 
 def write_shim(folder: Path, names: list[str]) -> None:

@@ -157,9 +157,13 @@ def elected_in_blocks(base, finetunes, blocks, tau_dtype=torch.float32):
     """Vector, masks and sums of a tensor, block by block; each block is a number of units."""
     tau = torch.empty(base.shape, dtype=tau_dtype)
     masks = [torch.empty(bits.packed_size(len(base)), dtype=torch.uint8) for _ in finetunes]
-    tensor = election.TensorElection(base, finetunes, tau, masks)
+    tensor = election.TensorElection(base, finetunes)
     starts = [0, *itertools.accumulate(units * election.UNIT for units in blocks)]
-    parts = [tensor.run(slice(start, min(stop, len(base)))) for start, stop in itertools.pairwise(starts)]
+    parts = []
+    for start, stop in itertools.pairwise(starts):
+        block = slice(start, min(stop, len(base)))
+        packed = slice(start // 8, bits.packed_size(block.stop))
+        parts.append(tensor.run(block, tau[block], [mask[packed] for mask in masks]))
     return tau, masks, election.TensorSums.total(parts[::-1])
 
 

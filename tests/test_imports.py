@@ -55,3 +55,19 @@ except AttributeError as error:
     print("absent" in str(error), "merge" in dir(emr_hf))
 """
     assert run(code) == ["True", "True"]
+
+
+MODULES = ("recipe", "repo", "sources", "configuration", "heads", "mixed", "merging", "adapters.export")
+EACH = f"""
+import importlib, os, torch, transformers
+for name in {MODULES}:
+    child = os.fork()
+    if child == 0:
+        importlib.import_module(f"emr_hf.{{name}}")
+        os._exit(0)
+    print(name, os.waitpid(child, 0)[1])
+"""
+
+
+def test_any_module_can_be_the_first():
+    assert run(EACH) == [word for name in MODULES for word in (name, "0")]

@@ -31,7 +31,8 @@ for base_dtype, tau_dtype, out_dtype in ([getattr(torch, name) for name in case.
         bits._rebuild_with_torch(base, tau, packed, minus_rescaler, expected)
         out = torch.full((size,), 7.0, dtype=out_dtype, device=device)
         triton_kernels.rebuild(*(t.to(device) for t in (base, tau, packed, minus_rescaler)), out)
-        assert torch.equal(out.cpu().view(torch.uint8), expected.view(torch.uint8)), (base_dtype, tau_dtype, out_dtype, size)
+        case = base_dtype, tau_dtype, out_dtype, size
+        assert torch.equal(out.cpu().view(torch.uint8), expected.view(torch.uint8)), case
 print("same")
 """
 
