@@ -148,8 +148,12 @@ class Switch:
         return torch.get_num_threads() if self._elements >= _SHARED_OUT else 1
 
     def _run(self, jobs: Iterable[Callable[[], object]]) -> None:
-        for _ in run_all(jobs, self._threads()):
-            pass
+        try:
+            for _ in run_all(jobs, self._threads()):
+                pass
+        except BaseException:
+            self._at_base.clear()  # of some it was said before it was done
+            raise
 
     # Several tasks' weights at a time
 
