@@ -3,7 +3,7 @@
     python benchmarks/kernel.py [--numel 4000000] [--repeats 5]
 
 The floor reads the same streams and writes one, by numpy's xor, in the same process and in turn: N + 1 checkpoints
-and one tensor of their dtype for the election; base and vector, of the weights' dtype, and the weights for the rebuild.
+and one tensor of their dtype for the election; base and vector, of the weights' dtype, and weights for the rebuild.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from measuring import circumstances, machine_line, write_json
 from torch import Tensor
 
 from emr_hf import bits, election, kernels
-from emr_hf.report import table
+from emr_hf.report import markdown_table
 
 _PIECE = 1 << 18
 
@@ -111,7 +111,7 @@ def main() -> None:
                 results.append({"dtype": str(dtype), "loop": loop, "name": name, "ms per 100 M": values})
     noted = circumstances()
     print(machine_line(noted), "\n")
-    print(*table(["dtype", "loop", "", "CPU ms per 100 M", "/ floor"], rows), sep="\n")
+    print(*markdown_table(["dtype", "loop", "", "CPU ms per 100 M", "/ floor"], rows), sep="\n")
     write_json(options.json, {**noted, "results": results})
 
 

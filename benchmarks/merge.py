@@ -46,6 +46,8 @@ CONTENDERS = {  # as named in options, and in the table
     "fusion-bench": "FusionBench EMR",
     "task-arithmetic": "mergekit task_arithmetic",
     "ties": "mergekit ties",
+    "ours-check": "emr-hf check: imports and plan",
+    "mergekit-imports": "mergekit: imports",
     "floor-xor": "floor: xor",
     "floor-copy": "floor: copy",
 }
@@ -98,13 +100,12 @@ def commands(models: Models, scratch: Path, options: argparse.Namespace) -> dict
     folder = [str(models.folder), "--tasks", str(models.tasks)]
     out = str(scratch / "out")
     found = {
-        "ours": ours(models, scratch),
+        "ours": [*ours(models, scratch), "--threads", "1"],
+        "ours-2": [*ours(models, scratch), "--threads", "2"],
+        "ours-check": [sys.executable, "-m", "emr_hf", "check", str(scratch / "recipe.yaml")],
         "floor-xor": [sys.executable, *driver, "xor", *folder],
         "floor-copy": [sys.executable, *driver, "copy", *folder, "--out", out, "--bytes", str(models.repo_bytes)],
     }
-    if ours_has_threads():
-        found["ours-2"] = [*found["ours"], "--threads", "2"]
-        found["ours"] += ["--threads", "1"]
     if options.authors:
         found["authors"] = [sys.executable, *driver, "authors", *folder, "--checkout", str(options.authors)]
     if options.fusion_bench:
@@ -116,6 +117,7 @@ def commands(models: Models, scratch: Path, options: argparse.Namespace) -> dict
         ):
             config = mergekit_config(models, scratch / f"{name}.yaml", method, parameters)
             found[name] = [python_of(options.mergekit), "-m", "mergekit.scripts.run_yaml", str(config), out]
+        found["mergekit-imports"] = [python_of(options.mergekit), "-m", "mergekit.scripts.run_yaml", "--help"]
     return found
 
 
@@ -123,12 +125,7 @@ def ours(models: Models, scratch: Path) -> list[str]:
     paths = {name: str(path) for name, path in models.paths().items()}
     recipe = scratch / "recipe.yaml"
     recipe.write_text(json.dumps({"base": paths.pop("base"), "tasks": paths}))  # JSON is YAML
-    return [sys.executable, "-m", "emr_hf.cli", "merge", str(recipe), str(scratch / "out")]
-
-
-def ours_has_threads() -> bool:
-    command = [sys.executable, "-m", "emr_hf.cli", "merge", "--help"]
-    return "--threads" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [sys.executable, "-m", "emr_hf", "merge", str(recipe), str(scratch / "out")]
 
 
 def mergekit_config(models: Models, path: Path, method: str, parameters: Mapping[str, float]) -> Path:

@@ -29,7 +29,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import emr_hf
 from emr_hf.modeling import EMRMergedModel
-from emr_hf.report import table
+from emr_hf.report import markdown_table
 
 
 def write_repo(folder: Path, dtype: torch.dtype, tasks: int, layers: int) -> Path:
@@ -165,7 +165,7 @@ def main() -> None:
                         )
     noted = circumstances()
     print(machine_line(noted), "\n")
-    print(*table(["dtype", "tasks", "threads", "", "ms", "/ floor"], rows), sep="\n")
+    print(*markdown_table(["dtype", "tasks", "threads", "", "ms", "/ floor"], rows), sep="\n")
     write_json(options.json, {**noted, "results": results})
 
 
