@@ -93,7 +93,8 @@ def alone(model, inputs, names, field="logits", **options):
 def close(found, expected):
     assert len(found) == len(expected)
     for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        # Rows alone and rows in a group are batches of two shapes, which processors add up in two orders.
+        torch.testing.assert_close(one, other, rtol=1.3e-6, atol=1e-5)
 
 
 # Forward
@@ -540,7 +541,7 @@ def test_the_base_in_a_pipeline(repo):  # noqa: F811
     pipe.model.set_task(MNLI)
     found = pipe(["bad", "bad"], emr_task=["__base__", MNLI], top_k=None)
     logits = pipe.model(**pipe.tokenizer("bad", return_tensors="pt"), emr_task=[-1]).logits[0]
-    assert found[0][0]["score"] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
+    assert found[0][0]["score"] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
     assert {label["label"] for label in found[0]} == {f"{SST2}-0", f"{SST2}-1"}
     assert len(found[1]) == 3
 
@@ -619,7 +620,7 @@ def test_trainer_predicts_each_row_by_its_task(model, repo, tmp_path, collator):
     names = [model.tasks[task] for task in tasks]
     expected = [alone(model, _one(row), [name])[0] for row, name in zip(rows, names)]
     for prediction, logits in zip(found.predictions, expected):
-        assert prediction[: len(logits)] == pytest.approx(logits.numpy(), abs=1e-6)
+        assert prediction[: len(logits)] == pytest.approx(logits.numpy(), abs=1e-5)
         assert (prediction[len(logits) :] == -np.inf).all()
     losses = [float(F.cross_entropy(logits, torch.tensor(1))) for logits in expected]
     assert found.metrics["test_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
