@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from measuring import circumstances, machine_line, write_json
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
+from workloads import bert_settings, write_berts
 
 import emr_hf
 from emr_hf.modeling import EMRMergedModel
@@ -39,23 +39,7 @@ Batch = dict[str, Tensor]
 
 
 def write_repo(folder: Path, tasks: int, hidden: int, layers: int) -> Path:
-    config = BertConfig(
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_attention_heads=max(1, hidden // 64),
-        num_hidden_layers=layers,
-    )
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(config)
-    model.save_pretrained(folder / "base")
-    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    finetunes = {}
-    for task in (f"task{index}" for index in range(tasks)):
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(values[name] + torch.randn(parameter.shape) * 1e-3)
-        finetunes[task] = folder / task
-        model.save_pretrained(folder / task)
+    finetunes = write_berts(folder, tasks, **bert_settings(hidden, layers))
     emr_hf.merge(folder / "base", finetunes, folder / "repo", progress=False)
     return folder / "repo"
 

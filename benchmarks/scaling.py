@@ -37,25 +37,9 @@ ENVIRONMENT = {**os.environ, **measuring.ONE_THREAD, "HF_HUB_OFFLINE": "1"}
 
 def write_models(folder: Path, tasks: int, hidden: int, layers: int) -> None:
     """A base, and finetunes that are the base and small noise."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification
+    from workloads import bert_settings, write_berts
 
-    config = BertConfig(
-        vocab_size=24000,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_attention_heads=max(1, hidden // 64),
-        num_hidden_layers=layers,
-    )
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(config)
-    model.save_pretrained(folder / "base")
-    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for task in range(tasks):
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(values[name] + torch.randn(parameter.shape) * 1e-3)
-        model.save_pretrained(folder / f"task{task}")
+    write_berts(folder, tasks, vocab_size=24000, **bert_settings(hidden, layers))
 
 
 def time_switches(repo: Path, count: int) -> None:

@@ -25,7 +25,7 @@ import torch
 from measuring import circumstances, machine_line, write_json
 from safetensors import safe_open
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification
+from workloads import write_berts
 
 import emr_hf
 from emr_hf.modeling import EMRMergedModel
@@ -33,17 +33,7 @@ from emr_hf.report import markdown_table
 
 
 def write_repo(folder: Path, dtype: torch.dtype, tasks: int, layers: int) -> Path:
-    config = BertConfig(num_hidden_layers=layers)
-    torch.manual_seed(0)
-    base = BertForSequenceClassification._from_config(config, dtype=dtype)
-    base.save_pretrained(folder / "base")
-    values = {name: value.clone() for name, value in base.state_dict().items()}
-    finetunes = {}
-    for task in range(tasks):
-        for name, value in base.state_dict().items():
-            value.copy_(values[name] + (torch.randn(value.shape) * 1e-3).to(dtype))
-        finetunes[f"task{task}"] = folder / f"task{task}"
-        base.save_pretrained(folder / f"task{task}")
+    finetunes = write_berts(folder, tasks, dtype, num_hidden_layers=layers)
     emr_hf.merge(folder / "base", finetunes, folder / "repo", progress=False)
     return folder / "repo"
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BertConfig,
+    BertForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -120,6 +122,39 @@ def _write(skeleton: PreTrainedModel, folder: Path, tensors: Iterator[tuple[str,
     save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     skeleton.config.architectures = [type(skeleton).__name__]
     skeleton.config.save_pretrained(folder)
+
+
+def write_berts(folder: Path, tasks: int, dtype: torch.dtype = torch.float32, **settings: int) -> dict[str, Path]:
+    """A BERT classifier in `base`, and finetunes that are it and small noise.
+
+    Args:
+        settings: of the configuration, BERT-base's where they are not given.
+
+    Returns:
+        task -> its folder.
+    """
+    torch.manual_seed(0)
+    model = BertForSequenceClassification._from_config(BertConfig(**settings), dtype=dtype)
+    model.save_pretrained(folder / "base")
+    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    finetunes = {f"task{index}": folder / f"task{index}" for index in range(tasks)}
+    for path in finetunes.values():
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(values[name] + (torch.randn(parameter.shape) * 1e-3).to(dtype))
+        model.save_pretrained(path)
+    return finetunes
+
+
+def bert_settings(hidden: int, layers: int) -> dict[str, int]:
+    """Of a BERT of this width and depth, with heads of 64."""
+    heads = max(1, hidden // 64)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+    }
 
 
 def main() -> None:
