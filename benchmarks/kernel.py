@@ -3,7 +3,8 @@
     python benchmarks/kernel.py [--numel 4000000] [--repeats 5]
 
 The floor reads the same streams and writes one, by numpy's xor, in the same process and in turn: N + 1 checkpoints
-and one tensor of their dtype for the election; base and vector, of the weights' dtype, and weights for the rebuild.
+and one tensor of their dtype for the election, of which a merge has one block at a time in memory; base and vector,
+of the weights' dtype, and weights for the rebuild.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def floor(inputs: list[Tensor]) -> Callable[[], None]:
 
 def electing(base: Tensor, finetunes: list[Tensor]) -> Callable[[], None]:
     tensor = election.TensorElection(base, finetunes)
-    tau = torch.zeros(base.numel())
-    masks = [torch.zeros(bits.packed_size(base.numel()), dtype=torch.uint8) for _ in finetunes]
+    # As a merge does: each block into the same buffers, which are then written to the file.
+    block_size = election.block_size(len(finetunes))
+    tau = torch.zeros(block_size)
+    masks = [torch.zeros(bits.packed_size(block_size), dtype=torch.uint8) for _ in finetunes]
 
     def run() -> None:
         for block in tensor.blocks():
-            packed = slice(block.start // 8, bits.packed_size(block.stop))
-            tensor.run(block, tau[block], [mask[packed] for mask in masks])
+            numel = block.stop - block.start
+            tensor.run(block, tau[:numel], [mask[: bits.packed_size(numel)] for mask in masks])
 
     return run
 

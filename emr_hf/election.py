@@ -31,10 +31,11 @@ RESCALERS = ("global", "tensor_mean")
 TAU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # How lambda is rounded must depend neither on the number of threads nor on how much is worked on at a time. So terms
-# are summed exactly within segments (see `exact_sums`), segments in order within units, and units by `math.fsum`.
-# What is worked on at a time is whole units. The compiled election knows these two numbers too.
+# are summed in whole numbers within segments (see `whole_sums`), segments in order within units, and units by
+# `math.fsum`. What is worked on at a time is whole units. The compiled election knows these three numbers too.
 SEGMENT = 1 << 10
 UNIT = 1 << 14
+WHOLE = 26  # bits of a whole number
 
 # Elements that a thread works on at a time: compiled, and in torch of all tasks together, few enough for the cache.
 BLOCK = 1 << 18
@@ -223,26 +224,27 @@ class TensorSums:
         return cls(tasks, square, rounding)
 
 
-def exact_sums(terms: Tensor, largest: Tensor) -> Tensor:
+def scales(largest: Tensor) -> Tensor:
+    """The power of two that takes magnitudes up to `largest` below 1, or 2^100 if that is less; float32, its shape."""
+    return torch.ldexp(torch.ones_like(largest), (-torch.frexp(largest).exponent).clamp(max=100))
+
+
+def whole_sums(terms: Tensor, units: Tensor) -> Tensor:
     """Sums whose order cannot matter, so that any device, thread and instruction set has the same bits.
 
-    Each term is first rounded to a multiple of its segment's quantum, 2^-43 to 2^-42 of the segment's largest term:
-    sums of these are exact in float64 (Demmel and Nguyen 2013, "Fast reproducible floating-point summation").
+    Each term is rounded to a whole number of at most 26 bits, half to even, and these are added. No term is so far off
+    by more than 2^-27 of the scale of its segment's largest.
 
     Args:
-        terms: `(..., n)` float64, not negative.
-        largest: `(..., segments)` float64: no term of a segment is larger than its entry. `segments` is
-            `ceil(n / SEGMENT)`.
+        terms: `(..., segments, SEGMENT)` float32, in [0, 1].
+        units: `(..., segments)` float64: what 1 stands for in each segment.
 
     Returns:
-        `(..., units)` float64.
+        `(..., ceil(segments * SEGMENT / UNIT))` float64.
     """
-    units = -(-terms.shape[-1] // UNIT)
-    big = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent + 9)[..., None]
-    segments = _in_segments(terms)
-    sums = ((segments + big) - big).sum(-1)
-    sums = torch.nn.functional.pad(sums, (0, units * (UNIT // SEGMENT) - sums.shape[-1]))
-    in_units = sums.reshape(*sums.shape[:-1], units, UNIT // SEGMENT)
+    sums = (terms * 2.0**WHOLE).round().sum(-1, dtype=torch.float64) * 2.0**-WHOLE * units
+    in_units = torch.nn.functional.pad(sums, (0, -sums.shape[-1] % (UNIT // SEGMENT)))
+    in_units = in_units.unflatten(-1, (-1, UNIT // SEGMENT))
     total = torch.zeros_like(in_units[..., 0])
     for segment in in_units.unbind(-1):
         total += segment
@@ -317,8 +319,8 @@ def _elect_with_torch(
         for given in finetunes
     ]
     taus = torch.stack([task_vector(finetune, base) for finetune in finetunes])  # (N, n)
-    abs_tau = taus.abs().to(torch.float64)  # squares of small float32 numbers underflow in float32
-    largest = _in_segments(abs_tau).amax(-1)
+    abs_tau = _in_segments(taus.abs())  # (N, segments, SEGMENT)
+    largest = abs_tau.amax(-1)
     if not torch.isfinite(largest).all():
         raise _non_finite(base, finetunes, taus, start)
     exact = elect(taus)
@@ -330,26 +332,29 @@ def _elect_with_torch(
     tau_out.copy_(tau)
     for mask_out, task_mask in zip(masks_out, masks):
         mask_out.copy_(bits.pack(task_mask))
-    abs_used = used.abs().to(torch.float64)
-    largest_used = _in_segments(abs_used).amax(-1)
-    kept = masks * abs_used  # |tau| in the mask
     part = Partial.empty(base.numel(), len(finetunes))
-    for column, (terms, bound) in enumerate(
+    scale, scale_used = scales(largest), scales(largest.amax(0))
+    unit, unit_used = 1 / scale.to(torch.float64), 1 / scale_used.to(torch.float64)
+    moved = abs_tau * scale[..., None]
+    kept = _in_segments(masks * used.abs()) * scale_used[..., None]
+    for column, (terms, units) in enumerate(
         (
-            (abs_tau, largest),
-            (kept, largest_used),
-            (abs_tau.square(), largest.square()),
-            (kept.square(), largest_used.square()),
-            (abs_tau * kept, largest * largest_used),
+            (moved, unit),
+            (kept, unit_used),
+            (moved.square(), unit.square()),
+            (kept.square(), unit_used.square()),
+            (moved * kept, unit * unit_used),
         )
     ):
-        part.sums[..., column] = exact_sums(terms, bound.expand(len(taus), -1)).T
+        part.sums[..., column] = whole_sums(terms, units).T
     part.counts[:, 0] = taus.count_nonzero(1)
     part.counts[:, 1] = masks.count_nonzero(1)
     if tau.dtype != torch.float32:
         for column, values in enumerate((exact, exact - used)):
-            terms = values.to(torch.float64).square()
-            part.squares[:, column] = exact_sums(terms, _in_segments(terms).amax(-1))
+            sizes = _in_segments(values.abs())
+            scale = scales(sizes.amax(-1))
+            terms = (sizes * scale[..., None]).square()
+            part.squares[:, column] = whole_sums(terms, 1 / scale.to(torch.float64).square())
     return part
 
 

@@ -185,15 +185,35 @@ def test_neither_blocks_nor_their_order_show(tau_dtype):
 
 @given(st.lists(values, min_size=1, max_size=3 * election.SEGMENT), st.randoms(use_true_random=False))
 @settings(max_examples=40, deadline=None)
-def test_exact_sums_have_no_order_and_are_right(terms, random):
-    terms = torch.tensor(terms, dtype=torch.float64).abs()
-    size = election.SEGMENT
-    largest = torch.stack([part.max() for part in terms.split(size)])
-    total = election.exact_sums(terms, largest)
-    shuffled = [random.sample(part.tolist(), len(part)) for part in terms.split(size)]
-    again = election.exact_sums(torch.tensor(sum(shuffled, []), dtype=torch.float64), largest)
-    assert torch.equal(total, again)
-    assert float(total.sum()) == pytest.approx(math.fsum(terms.tolist()), rel=2**-32, abs=0)
+def test_whole_sums_have_no_order_and_are_right(values, random):
+    segments = election._in_segments(torch.tensor(values).abs())
+    scale = election.scales(segments.amax(-1))
+    terms, units = segments * scale[:, None], 1 / scale.double()
+    assert float(terms.max()) < 1
+    total = election.whole_sums(terms, units)
+    shuffled = torch.stack([part[random.sample(range(len(part)), len(part))] for part in terms])
+    assert torch.equal(total, election.whole_sums(shuffled, units))
+    bound = (units * election.SEGMENT * 2.0**-27).sum()
+    assert float(total.sum()) == pytest.approx(
+        math.fsum(segments.double().flatten().tolist()), abs=float(bound), rel=0
+    )
+
+
+def test_sums_of_a_real_size_are_those_of_float64():
+    tau = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 1e-3
+    merge = emr_hf.merge_state_dicts({"w": torch.zeros(1 << 20)}, {"a": {"w": tau}, "b": {"w": tau.roll(1)}})
+    for task, vector in (("a", tau), ("b", tau.roll(1))):
+        sums, kept = merge.sums[task], merge.tau["w"].double() * merge.masks[task]["w"]
+        expected = {
+            "abs_tau": vector.double().abs().sum(),
+            "abs_kept": kept.abs().sum(),
+            "square_tau": vector.double().square().sum(),
+            "square_kept": kept.square().sum(),
+            "product": (vector * kept).sum(),
+        }
+        assert {name: getattr(sums, name) for name in expected} == pytest.approx(
+            {name: float(value) for name, value in expected.items()}, rel=1e-9
+        )
 
 
 def test_what_is_not_shared_is_private():

@@ -42,6 +42,14 @@ inline bool any(i8 x) {
 #endif
 }
 
+inline i8 larger(i8 x, i8 y) { return x > y ? x : y; }
+
+inline int32_t largest_of(i8 x) {
+    int32_t largest = 0;
+    for (int lane = 0; lane < 8; lane++) largest = x[lane] > largest ? x[lane] : largest;
+    return largest;
+}
+
 // One bit a lane, from lanes of all zeros or all ones.
 inline uint8_t to_bits(i8 lanes) {
 #ifdef EMR_AVX2
@@ -71,9 +79,14 @@ inline i8 from_bits(uint8_t bits) {
 template <int KIND>
 inline f8 load(const void *from, int64_t index) {
     if (KIND == BFLOAT16) {
+#ifdef EMR_AVX2
+        const __m128i raw = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + index));
+        return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+#else
         u16x8 raw;
         memcpy(&raw, (const uint16_t *)from + index, sizeof raw);
         return (f8)(__builtin_convertvector(raw, u32x8) << 16);
+#endif
     }
     if (KIND == FLOAT16) {
 #ifdef EMR_AVX2
@@ -141,46 +154,36 @@ inline void widen(const void *from, int64_t start, int64_t count, float *to) {
     if (i < count) store<FLOAT32>(to, i, load_some<KIND>(from, start + i, count - i));
 }
 
-struct Moved {
-    // Bits of the largest |tau_t| and of the smallest that is not 0: magnitudes are ordered as the integers of their bits.
-    int32_t largest = 0, smallest = MAGNITUDE;
-    int64_t nonzero = 0;
-};
-
-// tau_t of a segment, in float32.
+// tau_t of a segment, in float32. Returns the bits of the largest |tau_t|: magnitudes are ordered as these integers.
 template <int KIND>
-inline Moved subtract(const void *finetune, int64_t start, int64_t count, const float *base, float *tau) {
-    i8 largest = {0}, nonzero = {0};
-    u32x8 smallest = (u32x8)nonzero + MAGNITUDE;
+inline int32_t subtract(const void *finetune, int64_t start, int64_t count, const float *base, float *tau) {
+    i8 largest = {0};
     auto one = [&](int64_t i, f8 value) {
         if (KIND != TASK_VECTOR) value -= load<FLOAT32>(base, i);
         store<FLOAT32>(tau, i, value);
-        i8 size = as_int(value) & MAGNITUDE;
-        largest = size > largest ? size : largest;
-        nonzero -= size != 0;
-        u32x8 other = (u32x8)size - 1;  // 0 becomes the largest
-        smallest = other < smallest ? other : smallest;
+        largest = larger(largest, as_int(value) & MAGNITUDE);
     };
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) one(i, load<KIND>(finetune, start + i));
     if (i < count) one(i, load_some<KIND>(finetune, start + i, count - i));
-    Moved moved;
-    for (int lane = 0; lane < 8; lane++) {
-        moved.largest = largest[lane] > moved.largest ? largest[lane] : moved.largest;
-        int32_t least = (int32_t)smallest[lane] + (smallest[lane] < MAGNITUDE);
-        moved.smallest = least < moved.smallest ? least : moved.smallest;
-        moved.nonzero += nonzero[lane];
-    }
-    return moved;
+    return largest_of(largest);
 }
 
-inline Moved subtract_kind(int32_t kind, const void *finetune, int64_t start, int64_t count, const float *base,
-                           float *tau) {
+inline int32_t subtract_kind(int32_t kind, const void *finetune, int64_t start, int64_t count, const float *base,
+                             float *tau) {
     switch (kind) {
         case BFLOAT16: return subtract<BFLOAT16>(finetune, start, count, base, tau);
         case FLOAT16: return subtract<FLOAT16>(finetune, start, count, base, tau);
         case TASK_VECTOR: return subtract<TASK_VECTOR>(finetune, start, count, base, tau);
         default: return subtract<FLOAT32>(finetune, start, count, base, tau);
+    }
+}
+
+inline void widen_kind(int32_t kind, const void *from, int64_t start, int64_t count, float *to) {
+    switch (kind) {
+        case BFLOAT16: return widen<BFLOAT16>(from, start, count, to);
+        case FLOAT16: return widen<FLOAT16>(from, start, count, to);
+        default: return widen<FLOAT32>(from, start, count, to);
     }
 }
 
@@ -204,89 +207,62 @@ inline bool exactly_positive(const float *column, int64_t tasks) {
     return used > 0 && parts[used - 1] > 0;
 }
 
-// Whether no sum of the tasks can meet rounding in float64: all are multiples of the last bit of the smallest.
-inline bool sums_are_exact(int32_t largest, int32_t smallest, int64_t tasks) {
-    int32_t least = smallest >> 23 > 1 ? smallest >> 23 : 1;  // exponents; the subnormal numbers' is 1
-    return (double)tasks * (double)(int64_t(1) << ((largest >> 23) - least < 30 ? (largest >> 23) - least + 24 : 54)) <= 0x1p53;
-}
-
-// Lanes where the exact sum of the tasks is positive. `bound`: rounding error of their sum, times the largest of them.
-template <bool EXACT>
-inline i8 positive_sum(const float *taus, int64_t tasks, double bound) {
-    d4 sum_low = {0}, sum_high = {0};
-    i8 largest = {0};
+// Lanes where the sum of the tasks is positive: by float32 where that meets no rounding (as the ties of bfloat16
+// checkpoints do not: Knuth's TwoSum tells), exactly where it does.
+inline i8 exactly_positive_lanes(const float *taus, int64_t tasks) {
+    f8 sum = {0};
+    i8 rounded = {0};
     for (int64_t t = 0; t < tasks; t++) {
-        f8 tau = load<FLOAT32>(taus, t * STRIDE);
-        if (!EXACT) {
-            i8 size = as_int(tau) & MAGNITUDE;
-            largest = size > largest ? size : largest;
-        }
-        sum_low += low(tau);
-        sum_high += high(tau);
+        f8 x = load<FLOAT32>(taus, t * STRIDE), next = sum + x, part = next - sum;
+        rounded |= ~(((sum - (next - part)) + (x - part)) == 0);  // nor where it is infinite less infinite
+        sum = next;
     }
-    // No sum of floats is so small that float32 would take it for 0.
-    f8 sum = narrow(sum_low, sum_high);
     i8 positive = sum > 0;
-    if (EXACT) return positive;
-    // A sum that its rounding error could have turned; twice the bound, since it is compared in float32.
-    f8 size = as_float(as_int(sum) & MAGNITUDE);
-    i8 unsure = (size <= as_float(largest) * (float)(2 * bound)) & (largest != 0);
-    if (__builtin_expect(any(unsure), 0)) {
-        // Most of them, such as the ties of bfloat16 checkpoints, meet no rounding at all.
-        d4 total[2] = {{0}, {0}};
-        l4 rounded[2] = {{0}, {0}};
-        for (int64_t t = 0; t < tasks; t++) {
-            f8 tau = load<FLOAT32>(taus, t * STRIDE);
-            d4 terms[2] = {low(tau), high(tau)};
-            for (int half = 0; half < 2; half++) {
-                d4 fresh = total[half] + terms[half], part = fresh - total[half];
-                rounded[half] |= ((total[half] - (fresh - part)) + (terms[half] - part)) != 0;
-                total[half] = fresh;
-            }
-        }
+    if (any(rounded))
         for (int lane = 0; lane < 8; lane++)
-            if (unsure[lane] && rounded[lane / 4][lane % 4])
-                positive[lane] = exactly_positive(taus + lane, tasks) ? -1 : 0;
-    }
+            if (rounded[lane]) positive[lane] = exactly_positive(taus + lane, tasks) ? -1 : 0;
     return positive;
 }
 
-// A sum whose order cannot matter: each term is rounded to a multiple of the segment's quantum by adding `big` to it,
-// and these multiples are added as integers (Demmel and Nguyen 2013, "Fast reproducible floating-point summation").
-struct Sum {
-    d4 big;
-    ul4 bits = {0};  // sum of (term + big) as bit patterns; what `big` itself added comes off at the end
-
-    explicit Sum(double largest) {
-        int64_t raw;
-        memcpy(&raw, &largest, sizeof raw);
-        int64_t exponent = largest == 0 ? 1022 : raw >> 52;  // biased: largest < 2^(exponent - 1022)
-        raw = (exponent + 1 + 9) << 52;
-        double value;
-        memcpy(&value, &raw, sizeof value);
-        big = d4{value, value, value, value};
-    }
-
-    void add(d4 terms) { bits += (ul4)(terms + big); }
-    // The product of two float32 is exact in float64, whether it is rounded before the addition or not.
-    void add(d4 x, d4 y) { bits += (ul4)(x * y + big); }
-
-    // Of `groups` additions.
-    double total(int64_t groups) const {
-        uint64_t raw = ((ul4)big)[0];
-        int64_t multiples = (int64_t)(bits[0] + bits[1] + bits[2] + bits[3] - (uint64_t)groups * 4 * raw);
-        raw -= (uint64_t)52 << 52;
-        double quantum;
-        memcpy(&quantum, &raw, sizeof quantum);
-        return (double)multiples * quantum;
-    }
-};
-
-inline double to_double(int32_t bits) {
+inline float float_of(int32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
+
+// The power of two that takes magnitudes up to `largest`, given by its bits, below 1, or 2^100 if that is less.
+inline float scale_of(int32_t largest) {
+    const int64_t exponent = 126 - (largest >> 23), bits = ((exponent < 100 ? exponent : 100) + 1023) << 52;
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return (float)value;
+}
+
+// To nearest, ties to even. For numbers that are not negative and below 2^31.
+inline i8 rounded(f8 x) {
+#ifdef EMR_AVX2
+    return (i8)_mm256_cvtps_epi32((__m256)x);
+#else
+    f8 near = (x + 0x1p23f) - 0x1p23f;
+    return __builtin_convertvector(x < 0x1p23f ? near : x, i8);
+#endif
+}
+
+// Adds up whole numbers up to 2^WHOLE, so that no order of theirs can matter.
+constexpr float ONE = (float)(1 << WHOLE);
+constexpr int64_t ADDITIONS = 32;  // that 32 bits hold, with room for what rounding takes to 2^WHOLE
+
+struct Sum {
+    u32x8 few = {0};
+    ul4 all = {0};
+
+    void add(i8 numbers) { few += (u32x8)numbers; }
+    void carry() {  // after no more than ADDITIONS
+        all += ((ul4)few & 0xffffffff) + ((ul4)few >> 32);
+        few = few & 0;
+    }
+    double total() const { return (double)(int64_t)(all[0] + all[1] + all[2] + all[3]) * (1.0 / ONE); }
+};
 
 inline f8 round_to(int32_t kind, f8 value) {
     char stored[32];
@@ -301,10 +277,176 @@ inline f8 round_to(int32_t kind, f8 value) {
     return value;
 }
 
-inline int32_t largest_of(i8 x) {
-    int32_t largest = 0;
-    for (int lane = 0; lane < 8; lane++) largest = x[lane] > largest ? x[lane] : largest;
-    return largest;
+inline void store_as(int32_t kind, void *to, int64_t index, int64_t count, f8 value) {
+    switch (kind) {
+        case BFLOAT16: return store_some<BFLOAT16>(to, index, count, value);
+        case FLOAT16: return store_some<FLOAT16>(to, index, count, value);
+        default: return store_some<FLOAT32>(to, index, count, value);
+    }
+}
+
+inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+
+// What was elected in a segment, as the tasks are compared with it.
+struct Elected {
+    int32_t flip[SEGMENT];   // the sign bit where the sum is not positive: what makes the tasks that agree positive
+    int32_t limit[SEGMENT];  // what the bits of a task's magnitude have to be above
+    float size[SEGMENT];     // |tau|, scaled to below 2^WHOLE
+    int32_t whole[SEGMENT];  // the same and its square, in whole numbers
+    int32_t square[SEGMENT];
+    float exact[SEGMENT];    // |tau| before it is rounded to its dtype
+    float change[SEGMENT];   // by how much that changed it
+};
+
+// Elects eight elements. `tau_of(t)` is tau_t of them, which `column` holds too; `bound`: what rounding can change a
+// float32 sum by, times the largest term. `flip`: see Elected. Returns |tau|, as bits.
+template <typename Get>
+inline i8 elect_eight(int64_t tasks, Get tau_of, const float *column, float bound, i8 &flip) {
+    f8 sum = {0};
+    i8 most = {0};
+    for (int64_t t = 0; t < tasks; t++) {
+        f8 tau = tau_of(t);
+        sum += tau;
+        most = larger(most, as_int(tau) & MAGNITUDE);
+    }
+    i8 sure = as_float(as_int(sum) & MAGNITUDE) > as_float(most) * bound;
+    i8 positive = sum > 0;
+    if (__builtin_expect(any(~sure & (most != 0)), 0)) positive = exactly_positive_lanes(column, tasks);
+    flip = ~positive & SIGN;
+    i8 size = {0};  // max |tau_t| among those of the elected sign: the others are negative integers
+    for (int64_t t = 0; t < tasks; t++) size = larger(size, as_int(tau_of(t)) ^ flip);
+    return size;
+}
+
+inline float bound_of(int64_t tasks) { return (float)tasks * (float)tasks * 0x1p-23f; }
+
+// Task vectors, signs and magnitudes of a segment of whole eights, when all is of one kind and the tasks are few.
+template <int TASKS, int KIND>
+inline void elect_few(const void *base, const void *const *finetunes, int64_t start, int64_t length, float *taus,
+                      int32_t *largest_bits, Elected &elected) {
+    i8 largest[TASKS] = {};
+    for (int64_t i = 0; i < length; i += 8) {
+        f8 weight = load<KIND>(base, start + i), values[TASKS];
+#pragma GCC unroll 8
+        for (int t = 0; t < TASKS; t++) {
+            values[t] = load<KIND>(finetunes[t], start + i) - weight;
+            store<FLOAT32>(taus, t * STRIDE + i, values[t]);
+            largest[t] = larger(largest[t], as_int(values[t]) & MAGNITUDE);
+        }
+        i8 flip, size = elect_eight(TASKS, [&](int64_t t) { return values[t]; }, taus + i, bound_of(TASKS), flip);
+        store<FLOAT32>(elected.flip, i, as_float(flip));
+        store<FLOAT32>(elected.exact, i, as_float(size));
+    }
+    for (int t = 0; t < TASKS; t++) largest_bits[t] = largest_of(largest[t]);
+}
+
+template <int KIND>
+inline bool elect_few_of(int64_t tasks, const void *base, const void *const *finetunes, int64_t start, int64_t length,
+                         float *taus, int32_t *largest, Elected &elected) {
+    switch (tasks) {
+#define EMR_FEW(TASKS) \
+    case TASKS: elect_few<TASKS, KIND>(base, finetunes, start, length, taus, largest, elected); return true;
+        EMR_FEW(1) EMR_FEW(2) EMR_FEW(3) EMR_FEW(4) EMR_FEW(5) EMR_FEW(6) EMR_FEW(7) EMR_FEW(8)
+#undef EMR_FEW
+        default: return false;
+    }
+}
+
+// The same of anything.
+inline void elect_many(int64_t tasks, const void *base, int32_t base_kind, const void *const *finetunes,
+                       const int32_t *kinds, int64_t start, int64_t length, float *wide_base, float *taus,
+                       int32_t *largest, Elected &elected) {
+    widen_kind(base_kind, base, start, length, wide_base);
+    for (int64_t t = 0; t < tasks; t++)
+        largest[t] = subtract_kind(kinds[t], finetunes[t], start, length, wide_base, taus + t * STRIDE);
+    for (int64_t i = 0; i < length; i += 8) {
+        auto tau_of = [&](int64_t t) { return load<FLOAT32>(taus, t * STRIDE + i); };
+        i8 flip, size = elect_eight(tasks, tau_of, taus + i, bound_of(tasks), flip);
+        store<FLOAT32>(elected.flip, i, as_float(flip));
+        store<FLOAT32>(elected.exact, i, as_float(size));
+    }
+}
+
+// Writes the unified vector of a segment and gets it ready for `compare`. Returns the bits of the largest |tau|.
+inline int32_t round_segment(int64_t start, int64_t length, int32_t most, void *tau, int32_t tau_kind,
+                             Elected &elected) {
+    const float scale = scale_of(most), up = ONE;
+    i8 largest = {0};
+    for (int64_t i = 0; i < length; i += 8) {
+        f8 exact = load<FLOAT32>(elected.exact, i), used = round_to(tau_kind, exact);
+        i8 flip = as_int(load<FLOAT32>(elected.flip, i)), in_use = as_int(used) != 0;
+        largest = larger(largest, as_int(used));
+        f8 below_one = used * scale, scaled = below_one * up;
+        store<FLOAT32>(elected.limit, i, as_float(~in_use & MAGNITUDE));
+        store<FLOAT32>(elected.size, i, scaled);
+        store<FLOAT32>(elected.whole, i, as_float(rounded(scaled)));
+        store<FLOAT32>(elected.square, i, as_float(rounded(scaled * below_one)));
+        store<FLOAT32>(elected.change, i, as_float(as_int(exact - used) & MAGNITUDE));
+        f8 vector = as_float(as_int(used) | (flip & in_use));
+        if (tau_kind == FLOAT32 && i + 8 <= length)
+            store<FLOAT32>(tau, start + i, vector);
+        else
+            store_as(tau_kind, tau, start + i, at_most(length - i, 8), vector);
+    }
+    return largest_of(largest);
+}
+
+// One task's mask of a segment and what it adds to the sums and counts.
+inline void compare(const float *task, int64_t length, int32_t largest, int32_t most, const Elected &elected,
+                    const char *next, int64_t step, uint8_t *mask, double *sums, int64_t *counts) {
+    const float scale = scale_of(largest), up = ONE;
+    Sum moved, kept, square, square_kept, product;
+    i8 zeros = {0};
+    auto one = [&](int64_t i) {
+        i8 value = as_int(load<FLOAT32>(task, i));
+        i8 inside = (value ^ as_int(load<FLOAT32>(elected.flip, i))) > as_int(load<FLOAT32>(elected.limit, i));
+        mask[i / 8] = to_bits(inside);
+        value &= MAGNITUDE;
+        zeros -= value == 0;
+        f8 below_one = as_float(value) * scale, scaled = below_one * up;
+        moved.add(rounded(scaled));
+        kept.add(as_int(load<FLOAT32>(elected.whole, i)) & inside);
+        square.add(rounded(scaled * below_one));
+        square_kept.add(as_int(load<FLOAT32>(elected.square, i)) & inside);
+        product.add(rounded(below_one * as_float(as_int(load<FLOAT32>(elected.size, i)) & inside)));
+    };
+    for (int64_t from = 0; from < length; from += 8 * ADDITIONS) {
+        const int64_t to = at_most(from + 8 * ADDITIONS, length);
+        int64_t i = from;
+        for (; i + 32 <= to; i += 32) {
+            __builtin_prefetch(next + i * step, 0, 2);
+            if (step == 4) __builtin_prefetch(next + i * 4 + 64, 0, 2);
+            one(i), one(i + 8), one(i + 16), one(i + 24);
+        }
+        for (; i < to; i += 8) one(i);
+        moved.carry(), kept.carry(), square.carry(), square_kept.carry(), product.carry();
+    }
+    const double unit = 1.0 / scale, unit_used = 1.0 / scale_of(most);
+    sums[0] += moved.total() * unit;
+    sums[1] += kept.total() * unit_used;
+    sums[2] += square.total() * unit * unit;
+    sums[3] += square_kept.total() * unit_used * unit_used;
+    sums[4] += product.total() * unit * unit_used;
+    counts[0] += (length + 7) / 8 * 8;
+    for (int lane = 0; lane < 8; lane++) counts[0] -= zeros[lane];
+    counts[1] += ones(mask, (length + 7) / 8);
+}
+
+// Sum of the squares of magnitudes.
+inline double sum_of_squares(const float *sizes, int64_t length) {
+    i8 largest = {0};
+    for (int64_t i = 0; i < length; i += 8) {
+        i8 size = as_int(load<FLOAT32>(sizes, i));
+        largest = size > largest ? size : largest;
+    }
+    const float scale = scale_of(largest_of(largest)), up = ONE;
+    Sum square;
+    for (int64_t i = 0; i < length; i += 8) {
+        f8 below_one = load<FLOAT32>(sizes, i) * scale;
+        square.add(rounded(below_one * up * below_one));
+        square.carry();
+    }
+    return square.total() / scale / scale;
 }
 
 // Elects `count` elements of a tensor.
@@ -317,101 +459,34 @@ inline int32_t largest_of(i8 x) {
 int32_t elect(int64_t count, int64_t tasks, const void *base, int32_t base_kind, const void *const *finetunes,
               const int32_t *kinds, void *tau, int32_t tau_kind, uint8_t *const *masks, double *sums, int64_t *counts,
               double *squares, float *scratch) {
-    float *wide_base = scratch, *unified = scratch + STRIDE, *taus = scratch + 2 * STRIDE;
-    const double bound = (double)tasks * (double)tasks * 0x1p-52;
+    float *wide_base = scratch, *taus = scratch + STRIDE;
+    int32_t *largest = (int32_t *)(taus + tasks * STRIDE);
+    bool alike = true;
+    for (int64_t t = 0; t < tasks; t++) alike = alike && kinds[t] == base_kind;
+    Elected elected;
     for (int64_t start = 0; start < count; start += SEGMENT) {
-        int64_t length = count - start < SEGMENT ? count - start : SEGMENT;
-        int64_t padded = (length + 7) / 8 * 8;
-        double *unit = sums + start / UNIT * tasks * 5;
-        switch (base_kind) {
-            case BFLOAT16: widen<BFLOAT16>(base, start, length, wide_base); break;
-            case FLOAT16: widen<FLOAT16>(base, start, length, wide_base); break;
-            default: widen<FLOAT32>(base, start, length, wide_base);
-        }
-        int32_t least = MAGNITUDE, most = 0;  // of all tasks
+        const int64_t length = at_most(count - start, SEGMENT);
+        bool done = false;
+        if (alike && length % 8 == 0) switch (base_kind) {
+                case BFLOAT16: done = elect_few_of<BFLOAT16>(tasks, base, finetunes, start, length, taus, largest, elected); break;
+                case FLOAT16: done = elect_few_of<FLOAT16>(tasks, base, finetunes, start, length, taus, largest, elected); break;
+                default: done = elect_few_of<FLOAT32>(tasks, base, finetunes, start, length, taus, largest, elected);
+            }
+        if (!done)
+            elect_many(tasks, base, base_kind, finetunes, kinds, start, length, wide_base, taus, largest, elected);
+        int32_t most = 0;
+        for (int64_t t = 0; t < tasks; t++) most = largest[t] > most ? largest[t] : most;
+        if (most >= INFINITE) return NOT_FINITE;
+        if (round_segment(start, length, most, tau, tau_kind, elected) >= INFINITE) return OVERFLOWS;
         for (int64_t t = 0; t < tasks; t++) {
-            Moved moved = subtract_kind(kinds[t], finetunes[t], start, length, wide_base, taus + t * STRIDE);
-            if (moved.largest >= INFINITE) return NOT_FINITE;
-            memcpy(taus + t * STRIDE + SEGMENT, &moved.largest, sizeof moved.largest);  // kept in the gap
-            counts[2 * t] += moved.nonzero;
-            least = moved.smallest < least ? moved.smallest : least;
-            most = moved.largest > most ? moved.largest : most;
-        }
-        const bool exact_sums = sums_are_exact(most, least, tasks);
-
-        i8 largest = {0}, largest_exact = {0}, largest_change = {0};
-        float exact_values[SEGMENT];
-        for (int64_t i = 0; i < padded; i += 8) {
-            i8 positive = exact_sums ? positive_sum<true>(taus + i, tasks, bound) : positive_sum<false>(taus + i, tasks, bound);
-            i8 flip = ~positive & SIGN;
-            i8 size = {0};  // max |tau_t| among those of the elected sign: the others are negative integers
-            for (int64_t t = 0; t < tasks; t++) {
-                i8 turned = as_int(load<FLOAT32>(taus, t * STRIDE + i)) ^ flip;
-                size = turned > size ? turned : size;
-            }
-            f8 exact = as_float(size), used = round_to(tau_kind, exact);
-            i8 in_use = as_int(used) != 0, limit = ~in_use & MAGNITUDE;
-            for (int64_t t = 0; t < tasks; t++) {
-                i8 turned = as_int(load<FLOAT32>(taus, t * STRIDE + i)) ^ flip;
-                masks[t][(start + i) / 8] = to_bits(turned > limit);
-            }
-            largest = as_int(used) > largest ? as_int(used) : largest;
-            f8 signed_used = as_float(as_int(used) | (flip & in_use));
-            store<FLOAT32>(unified, i, signed_used);
-            if (tau_kind != FLOAT32) {
-                store<FLOAT32>(exact_values, i, exact);
-                i8 change = as_int(exact - used) & MAGNITUDE;
-                largest_exact = size > largest_exact ? size : largest_exact;
-                largest_change = change > largest_change ? change : largest_change;
-            }
-            int64_t left = length - i < 8 ? length - i : 8;
-            if (tau_kind == BFLOAT16)
-                store_some<BFLOAT16>(tau, start + i, left, signed_used);
-            else if (tau_kind == FLOAT16)
-                store_some<FLOAT16>(tau, start + i, left, signed_used);
-            else if (left == 8)
-                store<FLOAT32>(tau, start + i, signed_used);
-            else
-                store_some<FLOAT32>(tau, start + i, left, signed_used);
-        }
-        int32_t largest_used = largest_of(largest);
-        if (largest_used >= INFINITE) return OVERFLOWS;
-
-        double size_used = to_double(largest_used);
-        for (int64_t t = 0; t < tasks; t++) {
-            const float *task = taus + t * STRIDE;
-            double size = task[SEGMENT];
-            Sum moved(size), kept(size_used), square(size * size), square_kept(size_used * size_used),
-                product(size * size_used);
-            const char *next = (const char *)finetunes[t] + (start + SEGMENT) * size_of(kinds[t]);
-            for (int64_t i = 0; i < padded; i += 8) {
-                __builtin_prefetch(next + i * size_of(kinds[t]), 0, 2);
-                i8 value = as_int(load<FLOAT32>(task, i)), use = as_int(load<FLOAT32>(unified, i));
-                i8 mask = (value ^ (use & SIGN)) > 0;
-                f8 a = as_float(value & MAGNITUDE), k = as_float(use & MAGNITUDE & mask);
-                d4 al = low(a), ah = high(a), kl = low(k), kh = high(k);
-                moved.add(al), moved.add(ah);
-                kept.add(kl), kept.add(kh);
-                square.add(al, al), square.add(ah, ah);
-                square_kept.add(kl, kl), square_kept.add(kh, kh);
-                product.add(al, kl), product.add(ah, kh);
-            }
-            counts[2 * t + 1] += ones(masks[t] + start / 8, padded / 8);
-            const Sum *all[] = {&moved, &kept, &square, &square_kept, &product};
-            for (int k = 0; k < 5; k++) unit[5 * t + k] += all[k]->total(padded / 4);
+            const int64_t step = size_of(kinds[t]);
+            const char *next = (const char *)finetunes[t] + (start + SEGMENT) * step;
+            compare(taus + t * STRIDE, length, largest[t], most, elected, next, step, masks[t] + start / 8,
+                    sums + (start / UNIT * tasks + t) * 5, counts + 2 * t);
         }
         if (tau_kind != FLOAT32) {
-            double size = to_double(largest_of(largest_exact)), change = to_double(largest_of(largest_change));
-            Sum square(size * size), square_change(change * change);
-            for (int64_t i = 0; i < padded; i += 8) {
-                f8 exact = load<FLOAT32>(exact_values, i);
-                f8 used = as_float(as_int(load<FLOAT32>(unified, i)) & MAGNITUDE);
-                f8 rest = exact - used;  // exact: `used` has the leading bits of it
-                square.add(low(exact), low(exact)), square.add(high(exact), high(exact));
-                square_change.add(low(rest), low(rest)), square_change.add(high(rest), high(rest));
-            }
-            squares[2 * (start / UNIT)] += square.total(padded / 4);
-            squares[2 * (start / UNIT) + 1] += square_change.total(padded / 4);
+            squares[2 * (start / UNIT)] += sum_of_squares(elected.exact, length);
+            squares[2 * (start / UNIT) + 1] += sum_of_squares(elected.change, length);
         }
     }
     return DONE;

@@ -19,9 +19,11 @@ namespace {
 // Dtypes, and a task vector in place of weights. The numbers are those of emr_hf/kernels.py.
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, TASK_VECTOR = 3 };
 
-// Terms that are summed with one quantum, and what is added up before Python sees it. Those of election.py.
+// Terms that are summed with one scale, what is added up before Python sees it, and bits of a term. Those of
+// election.py.
 constexpr int64_t SEGMENT = 1 << 10;
 constexpr int64_t UNIT = 1 << 14;
+constexpr int WHOLE = 26;
 // Tasks stand further apart than a power of two, or they would fall on the same lines of the cache.
 constexpr int64_t STRIDE = SEGMENT + 16;
 
@@ -59,7 +61,7 @@ bool fast() {
 extern "C" {
 
 // Bytes of scratch that emr_elect needs.
-int64_t emr_elect_scratch(int64_t tasks) { return (tasks + 2) * STRIDE * (int64_t)sizeof(float); }
+int64_t emr_elect_scratch(int64_t tasks) { return ((tasks + 1) * STRIDE + tasks) * (int64_t)sizeof(float); }
 
 // See body.h. `level`: 0 for the plain body, 1 for the fastest that the processor has.
 int32_t emr_elect(int32_t level, int64_t count, int64_t tasks, const void *base, int32_t base_kind,
