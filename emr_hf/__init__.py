@@ -12,11 +12,18 @@ from .after_import import after_import
 if TYPE_CHECKING:
     from .adapters.lora import LoraReport
     from .adapters.tuner import EMRPeftConfig as EMRPeftConfig
+    from .alignment.aligning import AlignmentPlan, align
+    from .alignment.averaging import average
+    from .alignment.folders import align_recipe
+    from .alignment.layout import Symmetries
+    from .alignment.symmetry import symmetries, verify
+    from .alignment.zipping import zip_models
     from .checking import check
     from .configuration import EMRConfig
     from .editing import add_task, remove_task
     from .election import Merge, merge_state_dicts
     from .errors import (
+        ActivationError,
         CheckpointError,
         EMRError,
         MismatchError,
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
         ProcessError,
         RecipeError,
         RepoError,
+        SymmetryError,
         UnknownTaskError,
     )
     from .exporting import export
@@ -48,6 +56,7 @@ __version__ = "0.1.0"
 _PLACES = {
     **dict.fromkeys(
         (
+            "ActivationError",
             "CheckpointError",
             "EMRError",
             "MismatchError",
@@ -57,6 +66,7 @@ _PLACES = {
             "ProcessError",
             "RecipeError",
             "RepoError",
+            "SymmetryError",
             "UnknownTaskError",
         ),
         "errors",
@@ -65,6 +75,7 @@ _PLACES = {
         ("EMRImageClassificationPipeline", "EMRTextClassificationPipeline", "EMRTokenClassificationPipeline"),
         "pipelines",
     ),
+    "AlignmentPlan": "alignment.aligning",
     "EMRConfig": "configuration",
     "EMRMergedModel": "modeling",
     "EMRPeftConfig": "adapters.tuner",
@@ -74,8 +85,12 @@ _PLACES = {
     "MergeReport": "report",
     "Plan": "plan",
     "Recipe": "recipe",
+    "Symmetries": "alignment.layout",
     "TaskReport": "report",
     "add_task": "editing",
+    "align": "alignment.aligning",
+    "align_recipe": "alignment.folders",
+    "average": "alignment.averaging",
     "check": "checking",
     "export": "exporting",
     "inspect": "inspection",
@@ -84,9 +99,14 @@ _PLACES = {
     "merge_state_dicts": "election",
     "push_folder": "hub",
     "remove_task": "editing",
+    "symmetries": "alignment.symmetry",
+    "verify": "alignment.symmetry",
+    "zip_models": "alignment.zipping",
 }
 
 __all__ = [
+    "ActivationError",
+    "AlignmentPlan",
     "CheckpointError",
     "EMRConfig",
     "EMRError",
@@ -107,9 +127,14 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RepoError",
+    "Symmetries",
+    "SymmetryError",
     "TaskReport",
     "UnknownTaskError",
     "add_task",
+    "align",
+    "align_recipe",
+    "average",
     "check",
     "export",
     "inspect",
@@ -118,6 +143,9 @@ __all__ = [
     "merge_state_dicts",
     "push_folder",
     "remove_task",
+    "symmetries",
+    "verify",
+    "zip_models",
     *(["EMRPeftConfig"] if find_spec("peft") else []),
 ]
 

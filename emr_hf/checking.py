@@ -18,8 +18,9 @@ from . import election
 from .adapters import binding, ia3
 from .adapters.delta import AdapterCheckpoint
 from .bits import packed_size
+from .centre import stand_in
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton, is_head, tied_names
-from .errors import CheckpointError, MismatchError, OptionError, RecipeError, RepoError
+from .errors import CheckpointError, MismatchError, OptionError, RepoError
 from .plan import Plan, dtype_name
 from .recipe import Recipe
 from .repo import LAYOUTS, check_target, mask_name, model_name, private_name, rescaler_name, tau_name
@@ -64,6 +65,8 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
     if out is not None:
         check_target(Path(out), overwrite)
     base, sources = _open_inputs(recipe)
+    if save_as == "peft" and recipe.base is None and all(source.adapter is None for source in sources.values()):
+        raise OptionError("save_as='peft': no base is given: an adapter has to name its base")
     plan = make_plan(recipe, base, sources, save_as)
     if out is not None:
         check_space(plan, Path(out))
@@ -75,9 +78,8 @@ def _open_inputs(recipe: Recipe) -> tuple[Source, dict[str, Source]]:
     base = open_source(recipe.base, "base") if recipe.base is not None else None
     inputs = {task: open_input(reference, task) for task, reference in recipe.finetunes.items()}
     adapters = [finetune for finetune in inputs.values() if isinstance(finetune, Adapter)]
-    if base is None and not adapters:
-        raise RecipeError("the field 'base' is missing: only adapters name the model that they were made of")
-    base = base or binding.open_base(adapters)
+    if base is None:
+        base = binding.open_base(adapters) if adapters else stand_in(inputs)  # type: ignore[arg-type]
     sources = {task: bound(finetune, base) for task, finetune in inputs.items()}
     for task, names in recipe.labels.items():
         _name_labels(sources[task], names)
@@ -336,6 +338,11 @@ def _load_dtypes(skeleton: PreTrainedModel, dtype: torch.dtype) -> dict[str, tor
 
 def _warnings(plan: Plan) -> list[str]:
     warnings = []
+    if plan.recipe.base is None and plan.finetunes[plan.default_task].source.adapter is None:
+        warnings.append(
+            f"no base is given: {plan.base.source.name} stands for it. Finetunes of one model should have it as their "
+            "base"
+        )
     seen: dict[object, str] = {}
     for task, checkpoint in plan.finetunes.items():
         source = checkpoint.source

@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="to work with in each process (default: as many as torch has)")
     sub.add_argument("--num-processes", type=int, help="to share the work out among (default: the launcher's, or one)")
     sub.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: %(default)s)")
+    sub = verb("align", _align, "write a recipe's models with their units in the first one's order", "recipe", "out")
+    sub.add_argument("--overwrite", action="store_true", help="replace what an earlier alignment wrote")
     sub = verb(
         "add", _add, "add a task to a merged repo, without its other finetunes", "repo", "task", "finetune", "out"
     )
@@ -178,6 +180,12 @@ def _merge(options: argparse.Namespace) -> None:
     )
     if is_main_process():
         _show(report, options.format)
+
+
+def _align(options: argparse.Namespace) -> None:
+    from . import Recipe, align_recipe
+
+    print(align_recipe(Recipe.load(options.recipe), options.out, overwrite=options.overwrite))
 
 
 def _add(options: argparse.Namespace) -> None:

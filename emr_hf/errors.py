@@ -76,6 +76,14 @@ class ProcessError(EMRError):
     """One of the processes that a merge is shared out among has ended or failed, or they do not fit together."""
 
 
+class SymmetryError(EMRError):
+    """A model's symmetries cannot be found, or what was said to be one is none."""
+
+
+class ActivationError(EMRError):
+    """Activations cannot be compared: one is not a finite number, or there are none."""
+
+
 class UnknownTaskError(EMRError, KeyError):
     """A task that the model does not hold."""
 

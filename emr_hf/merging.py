@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -122,13 +123,28 @@ def merge_recipe(
         working_device(threads, device)  # before any reading
         return check(recipe, out, overwrite, save_as)
 
-    with distributed.team(device) as team:
+    with distributed.team(device) as team, ExitStack() as stack:
         plan = team.each(prepare)
+        if recipe.align is not None:
+            recipe = stack.enter_context(_aligned(recipe, Path(out), team))
+            plan = team.each(prepare)
         if len(set(team.gather(_fingerprint(plan)))) > 1:
             raise MismatchError("the processes of this merge do not merge the same: all must be given the same inputs")
         if tell is not None and team.is_main:
             tell(plan)
         return run(plan, out, overwrite=overwrite, progress=progress, threads=threads, device=device, team=team)
+
+
+@contextmanager
+def _aligned(recipe: Recipe, out: Path, team: Team) -> Iterator[Recipe]:
+    """The recipe with the finetunes aligned, in a temporary folder beside `out`."""
+    from .alignment.folders import aligned_recipe
+
+    if team.size > 1:
+        raise OptionError("align: several processes cannot share an alignment out: align first (emr-hf align)")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="emr-hf-", dir=out.absolute().parent) as folder:
+        yield aligned_recipe(recipe, Path(folder) / "aligned")
 
 
 def _fingerprint(plan: Plan) -> str:

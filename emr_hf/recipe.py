@@ -19,6 +19,8 @@ from .sources import Reference
 BASE = "__base__"
 """Where a task is asked for: none, but the base's merged weights, with the head and the labels of the default task."""
 
+ALIGN = ("weight", "method", "seed", "data")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -26,7 +28,8 @@ class Recipe:
 
     Args:
         base: the pretrained model: a folder, a Hub id (`me/repo@revision`) or a loaded model; `None` to take the one
-            that the adapters name.
+            that the adapters name, or for full checkpoints that share none, such as aligned models, a stand-in: of two
+            the first, of more their median.
         finetunes: task -> finetune, each as `base`, or a PEFT adapter. In YAML the field is called `tasks`.
         rescale (*optional*, defaults to `"global"`): `"global"` (the paper's) or `"tensor_mean"`.
         tau_dtype (*optional*, defaults to `"float32"`): what the unified vector is stored in; `"bfloat16"` and
@@ -36,6 +39,9 @@ class Recipe:
         max_shard_size (*optional*, defaults to `"5GB"`): of one file of the repo.
         labels (*optional*): task -> names of its labels, in order, where the finetune does not tell,
             as an adapter does not.
+        align (*optional*): align the finetunes, which share no initialisation, to the first before they are merged:
+            a mapping of any of `weight`, `method` and `seed`, see [`align`], and `data`, a safetensors file of the
+            model's arguments by name, unlabelled. All models are in memory then.
 
     Raises:
         OptionError: the field that is wrong, what was expected and what came.
@@ -49,6 +55,7 @@ class Recipe:
     private: str | Sequence[str] = ()
     max_shard_size: str | int = "5GB"
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    align: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.finetunes, Mapping) or not self.finetunes:
@@ -62,6 +69,7 @@ class Recipe:
         object.__setattr__(self, "private", _patterns(self.private))
         parse_size(self.max_shard_size)
         _check_labels(self.labels, self.finetunes)
+        _check_align(self.align, self.base)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -89,6 +97,8 @@ class Recipe:
         try:
             base = _reference("base", content.pop("base"), path.parent) if "base" in content else None
             finetunes = {task: _reference(f"tasks: {task}", value, path.parent) for task, value in tasks.items()}
+            if isinstance(align := content.get("align"), dict) and isinstance(align.get("data"), str):
+                align["data"] = path.parent / os.path.expandvars(os.path.expanduser(align["data"]))
             return cls(base, finetunes, **content)
         except (OptionError, TypeError) as error:
             raise RecipeError(f"{path}: {error}") from None
@@ -104,6 +114,8 @@ class Recipe:
         for name in ("tau_dtype", "default_task", "private"):
             if value := getattr(self, name):
                 content[name] = list(value) if name == "private" else value
+        if self.align is not None:
+            content["align"] = {name: value for name, value in self.align.items() if name != "data"}
         if self.labels:
             content["labels"] = {task: list(names) for task, names in self.labels.items()}
         return content
@@ -129,6 +141,18 @@ def _check_labels(labels: object, tasks: Mapping[str, Any]) -> None:
         right = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names)
         if not right or not names:
             raise OptionError(f"labels: {task}: expected a list of names, got {names!r}")
+
+
+def _check_align(align: object, base: object) -> None:
+    if align is None:
+        return
+    if not isinstance(align, Mapping):
+        raise OptionError(f"align={align!r}: expected a mapping of {', '.join(ALIGN)}")
+    for name in align:
+        if name not in ALIGN:
+            raise OptionError(f"align: unknown field {name!r}.{nearest(name, ALIGN)} Expected {', '.join(ALIGN)}")
+    if base is not None:
+        raise OptionError("align: finetunes of one base lie alike already: leave out the field 'base', or 'align'")
 
 
 def _patterns(private: object) -> tuple[str, ...]:

@@ -190,8 +190,12 @@ def parse_size(size: str | int) -> int:
     raise OptionError(f"max_shard_size={size!r}: expected bytes, more than 0, or a size such as '5GB'")
 
 
-def check_target(out: Path, overwrite: bool) -> None:
-    """Raise RepoError unless `out` may become a repo. Only an empty folder or a merged repo is ever replaced."""
+def check_target(out: Path, overwrite: bool, mark: str | None = None) -> None:
+    """Raise RepoError unless `out` may be written. Only an empty folder or a merged repo is ever replaced.
+
+    Args:
+        mark (*optional*): name of a file by which a folder of another kind is known, which is replaced then.
+    """
     for parent in out.absolute().parents:
         if parent.exists():
             if not parent.is_dir():
@@ -201,8 +205,9 @@ def check_target(out: Path, overwrite: bool) -> None:
         return
     if out.is_dir() and not any(out.iterdir()):
         return
-    if layout_of(out) is None:
-        raise RepoError(f"{out} exists and is no merged repo: it will not be touched; choose another folder")
+    if not (out / mark).is_file() if mark else layout_of(out) is None:
+        what = f"has no {mark}" if mark else "is no merged repo"
+        raise RepoError(f"{out} exists and {what}: it will not be touched; choose another folder")
     if not overwrite:
         raise RepoError(f"{out} exists: choose another folder or give overwrite=True (--overwrite)")
     if (out / ".git").exists():
@@ -219,7 +224,7 @@ def writing(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(out: Path, overwrite: bool = False, mark: str | None = None) -> Iterator[Path]:
     """A folder to fill that becomes `out` only when the block ends well.
 
     Whatever happens, `out` is either as it was or complete. A killed process leaves at most a hidden folder beside it.
@@ -227,7 +232,7 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         RepoError: `out` may not be replaced, or the disk does not take it.
     """
-    check_target(out, overwrite)
+    check_target(out, overwrite, mark)
     out = _place_of(out)
     new_parents = [parent for parent in out.parents if not parent.exists()]
     staging = out.parent / f"{_unfinished_name(out, os.getpid())}{uuid.uuid4().hex[:8]}"

@@ -365,8 +365,8 @@ def test_a_scalar_that_is_not_finite_is_named(refuse, tmp_path):
     refuse(emr_hf.NonFiniteError, inputs.base, inputs.finetunes, "bad: logit_scale is nan", late=True)
 
 
-def test_a_base_that_nobody_names_is_missed(refuse, bert):
-    refuse(emr_hf.RecipeError, None, bert.finetunes, "'base'", "missing")
+def test_an_adapter_needs_a_base_to_name(refuse, bert):
+    refuse(emr_hf.OptionError, None, bert.finetunes, "save_as='peft'", "no base is given", late=True, save_as="peft")
 
 
 # Quantised checkpoints

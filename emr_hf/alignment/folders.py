@@ -1,0 +1,113 @@
+"""Alignment of checkpoints on disk: what `emr-hf align` and the recipe's field `align` do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..checkpoint import model_class_of
+from ..errors import CheckpointError, OptionError, RecipeError, one_line
+from ..repo import atomic_folder, check_target, copy_side_files
+from ..sources import Source, open_source
+from .aligning import AlignmentPlan, align
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..recipe import Recipe
+
+BATCH = 32  # rows of the data at a time
+SYMMETRIES_NAME = "symmetries.json"
+
+
+def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> AlignmentPlan:
+    """Write a recipe's finetunes aligned to the first one, each as a checkpoint of its own: `out/<task>`.
+
+    All models are in memory at once.
+
+    Args:
+        recipe: without a base; `recipe.align` says how, see [`Recipe`].
+        out: folder to write; it appears complete or not at all.
+        overwrite (*optional*): replace what an earlier alignment wrote there.
+
+    Returns:
+        the plan. `out/symmetries.json` says what could be put in another order.
+
+    Raises:
+        EMRError: of the subclass that says what kind of input is wrong.
+    """
+    check_target(Path(out), overwrite, SYMMETRIES_NAME)
+    if recipe.base is not None:
+        raise RecipeError("align: finetunes of one base lie alike already: leave out the field 'base', or 'align'")
+    settings = dict(recipe.align or {})
+    batches = read_batches(settings.pop("data")) if settings.get("data") is not None else None
+    settings.pop("data", None)
+    sources = {task: open_source(reference, task) for task, reference in recipe.finetunes.items()}
+    folders = folder_names(sources)
+    models = {task: _load(source) for task, source in sources.items()}
+    plan = align(*models.values(), data=batches, private=recipe.private, **settings)
+    with atomic_folder(Path(out), overwrite, SYMMETRIES_NAME) as folder:
+        for number, (task, model) in enumerate(models.items()):
+            aligned: Any = plan.apply(model, number)
+            aligned.save_pretrained(folder / folders[task], max_shard_size=recipe.max_shard_size)
+            if (side := sources[task].folder) is not None:
+                copy_side_files(side, folder / folders[task])
+        plan.symmetries.save(folder / SYMMETRIES_NAME)
+    return plan
+
+
+def aligned_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe of a merge of the finetunes, aligned into a new folder."""
+    align_recipe(recipe, folder)
+    names = folder_names(recipe.finetunes)
+    return replace(recipe, finetunes={task: folder / name for task, name in names.items()}, align=None)
+
+
+def folder_names(tasks: Mapping[str, Any]) -> dict[str, str]:
+    """Task -> name of its folder.
+
+    Raises:
+        OptionError: two tasks would have the same.
+    """
+    names = {task: re.sub(r"[^\w.-]+", "-", task).strip(".") or "task" for task in tasks}
+    if len(set(names.values())) < len(names):
+        raise OptionError(f"tasks {', '.join(map(repr, names))}: expected names that make different folders")
+    return names
+
+
+def read_batches(path: str | Path) -> list[dict[str, Tensor]]:
+    """Unlabelled data: a safetensors file of the model's arguments by name, each with one row an example.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is empty, or its tensors have different numbers of rows.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"align: data: cannot read {path}: {one_line(error)}") from None
+    rows = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
+    if len(set(rows.values())) != 1 or 0 in rows.values():
+        raise CheckpointError(f"align: data: {path} has {json.dumps(rows)} rows: expected the same number in all")
+    parts = {name: tensor.split(BATCH) for name, tensor in tensors.items()}
+    return [dict(zip(parts, batch)) for batch in zip(*parts.values())]
+
+
+def _load(source: Source) -> PreTrainedModel:
+    """The source's whole model, by transformers."""
+    if source.model is not None:
+        return source.model
+    model_class = model_class_of(str(source.architecture))
+    where = source.folder if source.revision is None or source.folder is not None else source.name
+    try:
+        return model_class.from_pretrained(where, revision=source.revision or "main")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{source.label}: cannot load {source.name}: {one_line(error)}") from None
