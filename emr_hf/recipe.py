@@ -19,7 +19,7 @@ from .sources import Reference
 BASE = "__base__"
 """Where a task is asked for: none, but the base's merged weights, with the head and the labels of the default task."""
 
-ALIGN = ("weight", "method", "seed", "data")
+ALIGN = ("weight", "method", "sites", "seed", "data")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Recipe:
         labels (*optional*): task -> names of its labels, in order, where the finetune does not tell,
             as an adapter does not.
         align (*optional*): align the finetunes, which share no initialisation, to the first before they are merged:
-            a mapping of any of `weight`, `method` and `seed`, see [`align`], and `data`, a safetensors file of the
-            model's arguments by name, unlabelled. All models are in memory then.
+            a mapping of any of `weight`, `method`, `sites` and `seed`, see [`align`], and `data`, a safetensors file
+            of the model's arguments by name, unlabelled. All models are in memory then.
 
     Raises:
         OptionError: the field that is wrong, what was expected and what came.

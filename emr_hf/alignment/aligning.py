@@ -109,6 +109,7 @@ def align(
     example: Example | None = None,
     private: str | Sequence[str] = (),
     metric: Callable[[nn.Module], float] | None = None,
+    sites: str = "all",
     seed: int = 0,
 ) -> AlignmentPlan:
     """Find the order of units in which models of one architecture lie alike (MuDSC, arXiv 2403.01753).
@@ -130,6 +131,8 @@ def align(
         private (*optional*): regular expressions; tensors they match do not count, as heads of Transformers models
             and tensors of different shapes do not.
         metric (*optional*): of an averaged model, the higher the better. Do not use what you report on.
+        sites (*optional*, defaults to `"all"`): where activations are compared: wherever a group is seen, or where it
+            is `"last"` seen, as in the paper, which takes less memory. A site of n units takes 8 n^2 bytes.
         seed (*optional*, defaults to 0): of the order in which groups are matched.
 
     Returns:
@@ -152,7 +155,9 @@ def align(
         raise OptionError("weight='auto' needs data, or a metric")
     found = symmetries(models[0], _example(models[0], example, data))
     pairs = combinations(range(len(models)), 2) if data is not None and share != 1 else ()
-    activations = {(j, k): activation_similarity(models[j], models[k], found, data or ()) for j, k in pairs}
+    activations = {
+        (j, k): activation_similarity(models[j], models[k], found, data or (), sites=sites) for j, k in pairs
+    }
     states = [{name: tensor.detach() for name, tensor in stored_tensors(model).items()} for model in models]
 
     def plan(share: float, scores: Mapping[float, float] | None = None) -> AlignmentPlan:
