@@ -1,7 +1,7 @@
 """A base for finetunes that have none in common: what stands for W0 where models were only aligned.
 
 Measured in `benchmarks/alignment.py`: with the mean of two models the task vectors are opposites and elect nothing,
-with one of the two both are kept exactly; of more models the median is the best of those tried.
+with one of the two both are kept exactly; of four models the median was best where there is no BatchNorm.
 """
 
 from __future__ import annotations
@@ -43,15 +43,20 @@ class MedianStorage:
         out = torch.empty(first.numel(), dtype=first.dtype)
         for start in range(0, first.numel(), _PIECE):
             piece = torch.stack([values[start : start + _PIECE].to(first.dtype) for values in flat])  # (N, n)
-            out[start : start + _PIECE] = piece.median(0).values
+            # Without regard to NaN, so that it is the finetune in which one is found that is blamed.
+            out[start : start + _PIECE] = piece.nanmedian(0).values
         return out.reshape(first.shape)
 
 
 def stand_in(finetunes: Mapping[str, Source]) -> Source:
-    """The base to take where there is none: of one or two finetunes the first, of more their median."""
+    """The base to take where there is none.
+
+    Of one or two finetunes it is the first, of more their median, but with BatchNorm the first again: its statistics,
+    which are each task's own, do not follow a median of weights.
+    """
     first = next(iter(finetunes.values()))
-    if len(finetunes) < 3:
-        return replace(first, label="base")
+    if len(finetunes) < 3 or any(name.endswith(".running_var") for name in first.storage.infos):
+        return replace(first)
     name = f"the median of {', '.join(finetunes)}"
     storage = MedianStorage([finetune.storage for finetune in finetunes.values()])
     return Source("base", name, deepcopy(first.config), storage)

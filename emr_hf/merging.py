@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -126,8 +126,11 @@ def merge_recipe(
     with distributed.team(device) as team, ExitStack() as stack:
         plan = team.each(prepare)
         if recipe.align is not None:
+            asked, as_given = recipe, plan
             recipe = stack.enter_context(_aligned(recipe, Path(out), team))
             plan = team.each(prepare)
+            _name_as_given(plan, as_given)
+            plan.recipe = replace(recipe, align=asked.align)
         if len(set(team.gather(_fingerprint(plan)))) > 1:
             raise MismatchError("the processes of this merge do not merge the same: all must be given the same inputs")
         if tell is not None and team.is_main:
@@ -142,9 +145,15 @@ def _aligned(recipe: Recipe, out: Path, team: Team) -> Iterator[Recipe]:
 
     if team.size > 1:
         raise OptionError("align: several processes cannot share an alignment out: align first (emr-hf align)")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="emr-hf-", dir=out.absolute().parent) as folder:
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix="emr-hf-", dir=parent) as folder:
         yield aligned_recipe(recipe, Path(folder) / "aligned")
+
+
+def _name_as_given(plan: Plan, given: Plan) -> None:
+    """Name the inputs by what was aligned, not by the temporary folders of what came of it."""
+    for ours, theirs in zip((plan.base, *plan.finetunes.values()), (given.base, *given.finetunes.values())):
+        ours.source.name, ours.source.revision = theirs.source.name, theirs.source.revision
 
 
 def _fingerprint(plan: Plan) -> str:

@@ -29,7 +29,7 @@ class Recipe:
     Args:
         base: the pretrained model: a folder, a Hub id (`me/repo@revision`) or a loaded model; `None` to take the one
             that the adapters name, or for full checkpoints that share none, such as aligned models, a stand-in: of two
-            the first, of more their median.
+            the first, of more their median, with BatchNorm the first.
         finetunes: task -> finetune, each as `base`, or a PEFT adapter. In YAML the field is called `tasks`.
         rescale (*optional*, defaults to `"global"`): `"global"` (the paper's) or `"tensor_mean"`.
         tau_dtype (*optional*, defaults to `"float32"`): what the unified vector is stored in; `"bfloat16"` and

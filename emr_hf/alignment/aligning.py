@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MismatchError, OptionError, nearest
-from .averaging import agreement, average
-from .layout import Permutation, Symmetries
-from .matching import Matching, match_all
-from .similarity import activation_similarity
+from .averaging import agreement, average, check_data
+from .layout import Axis, Permutation, Symmetries, described
+from .matching import Matching, check_scipy, match_all
+from .similarity import UNUSED, activation_similarity, segment_sizes
 from .symmetry import Example, stored_tensors, symmetries
 
 Data = Iterable[Any]
@@ -57,17 +58,26 @@ class AlignmentPlan:
             number (*optional*): which of the aligned models it is, counted from 0; of two models it is the second.
 
         Raises:
-            OptionError: no such number, or none given and more than two models.
+            OptionError: no model, no such number, or none given and more than two models.
             MismatchError: a tensor is missing or has another shape.
         """
         permutation = self.permutations[self._number(number)]
+        _check_model("model", model)
         copy = deepcopy(model)
         tensors = stored_tensors(copy)
+        for name in sorted(tensors.keys() - self.symmetries.tensors.keys()):
+            raise MismatchError(f"the aligned models have no tensor {name!r}: its order is not known")
         for name, layout in self.symmetries.tensors.items():
+            if name in self.private and name not in tensors:
+                continue
             if name not in tensors:
                 raise MismatchError(f"the model has no tensor {name!r}.{nearest(name, tensors)}")
             if tensors[name].dim() != len(layout):
                 raise MismatchError(f"{name} has {tensors[name].dim()} axes, expected {len(layout)}")
+            for dim, (size, axis) in enumerate(zip(tensors[name].shape, layout)):
+                units = sum(math.prod(segment_sizes(segment, self.symmetries)) for segment in axis)
+                if size != units and _has_group(axis):
+                    raise MismatchError(f"{name} has {size} units along axis {dim}, expected {units}")
         with torch.no_grad():
             for name, value in self.symmetries.permute(tensors, permutation).items():
                 if value is not tensors[name]:
@@ -77,7 +87,7 @@ class AlignmentPlan:
     def _number(self, number: int | None) -> int:
         if number is None and len(self.permutations) == 2:
             return 1
-        if number is None or not 0 <= number < len(self.permutations):
+        if not isinstance(number, int) or not 0 <= number < len(self.permutations):
             raise OptionError(f"number={number!r}: expected one of 0 to {len(self.permutations) - 1}, a model's place")
         return number
 
@@ -87,10 +97,7 @@ class AlignmentPlan:
             for name, identity in self.symmetries.identity().items()
             if any(not torch.equal(permutation[name], identity) for permutation in self.permutations)
         ]
-        free = sum(
-            any(isinstance(factor, str) for axis in layout for segment in axis for factor in segment)
-            for layout in self.symmetries.tensors.values()
-        )
+        free = sum(any(map(_has_group, layout)) for layout in self.symmetries.tensors.values())
         lines = [
             f"{len(self.permutations)} models, weight {self.weight:g}",
             f"{len(self.symmetries.groups)} groups of units along {free} of {len(self.symmetries.tensors)} tensors, "
@@ -99,6 +106,10 @@ class AlignmentPlan:
         ]
         lines += [f"weight {weight:g}: score {score:.4f}" for weight, score in self.scores.items()]
         return "\n".join(lines)
+
+
+def _has_group(axis: Axis) -> bool:
+    return any(isinstance(factor, str) for segment in axis for factor in segment)
 
 
 def align(
@@ -128,8 +139,8 @@ def align(
             the weight.
         example (*optional*): a small input to trace the model with; by default the first batch, or for a Transformers
             model without data one made of its configuration.
-        private (*optional*): regular expressions; tensors they match do not count, as heads of Transformers models
-            and tensors of different shapes do not.
+        private (*optional*): regular expressions; tensors they match do not count and may have any shape, as heads of
+            Transformers models may.
         metric (*optional*): of an averaged model, the higher the better. Do not use what you report on.
         sites (*optional*, defaults to `"all"`): where activations are compared: wherever a group is seen, or where it
             is `"last"` seen, as in the paper, which takes less memory. A site of n units takes 8 n^2 bytes.
@@ -145,15 +156,18 @@ def align(
         ActivationError: an activation is NaN or infinite, or there is no batch.
         NonFiniteError: a weight is.
     """
-    share, measure = _method(method, weight)
-    if data is not None and iter(data) is data:
-        data = list(data)  # it is read more than once
+    share, measure = check_options(method, weight, sites, data is not None)
+    check_data(data)
+    check_scipy()
     skip = private_tensors(models, private)
+    if isinstance(data, Iterator):
+        data = list(data)  # it is read more than once
+    example = _example(models[0], example, data)
     if measure == "inner":
-        example, data = _example(models[0], example, data), None
-    if share is None and data is None and metric is None:
-        raise OptionError("weight='auto' needs data, or a metric")
-    found = symmetries(models[0], _example(models[0], example, data))
+        data = None
+    found = symmetries(models[0], example)
+    for number, model in enumerate(models[1:], start=1):
+        _check_alike(found, symmetries(model, _fitted(example, models[0], model)), number)
     pairs = combinations(range(len(models)), 2) if data is not None and share != 1 else ()
     activations = {
         (j, k): activation_similarity(models[j], models[k], found, data or (), sites=sites) for j, k in pairs
@@ -172,15 +186,54 @@ def align(
     return plan(max(scores, key=lambda tried: scores[tried]), scores)
 
 
-def _method(method: str, weight: float | str) -> tuple[float | None, str]:
-    """The share of the weights, `None` for that to be found, and how they are compared."""
-    if method not in METHODS:
+def _check_alike(first: Symmetries, other: Symmetries, number: int) -> None:
+    """Raise MismatchError where another order of units than the first's leaves a model's function as it is.
+
+    Tensors of the same shapes do not tell: there may be another number of heads.
+    """
+    for name in {**first.groups, **other.groups}:
+        if first.groups.get(name) != other.groups.get(name):
+            raise MismatchError(f"model {number} does not have the first's units {name}: expected one architecture")
+    for name, ours in first.tensors.items():
+        theirs = other.tensors.get(name, ours)
+        if [axis for axis in ours if _has_group(axis)] != [axis for axis in theirs if _has_group(axis)]:
+            raise MismatchError(
+                f"{name} of model {number} is {described(theirs)}, in the first {described(ours)}: "
+                "expected one architecture"
+            )
+
+
+def _fitted(example: Example, first: nn.Module, model: nn.Module) -> Example:
+    """The first model's example on another's device, in its type of numbers."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, _dtype(model) if value.dtype == _dtype(first) else None)
+
+    fitted: Example = torch.utils._pytree.tree_map(fit, example)
+    return fitted
+
+
+def check_options(method: str, weight: float | str, sites: str, has_data: bool) -> tuple[float | None, str]:
+    """The share of the weights, `None` for that to be found, and how they are compared.
+
+    Raises:
+        OptionError: a value cannot be used, or not without data.
+    """
+    if not isinstance(method, str) or method not in METHODS:
         raise OptionError(f"method={method!r} is unknown.{nearest(method, METHODS)} Expected {', '.join(METHODS)}")
     if weight != "auto" and not (isinstance(weight, (int, float)) and 0 <= weight <= 1):
         raise OptionError(f"weight={weight!r}: expected a number from 0 to 1, or 'auto'")
+    if sites not in ("all", "last"):
+        raise OptionError(f"sites={sites!r}: expected 'all' or 'last'")
     share, measure = METHODS[method]
     if share is None and weight != "auto":
         share = float(weight)
+    if not share and not has_data:
+        option = f"weight={weight!r}" if method == "mudsc" else f"method={method!r}"
+        raise OptionError(f"{option} needs data: without it only the weights can be compared")
     return share, measure
 
 
@@ -191,7 +244,10 @@ def _score(
     aligned = {str(number): plan.apply(model, number) for number, model in enumerate(models)}
     averaged = average(aligned, data=data, private=plan.private)
     if metric is not None:
-        return sum(float(metric(model)) for model in averaged.values()) / len(averaged)
+        score = sum(float(metric(model)) for model in averaged.values()) / len(averaged)
+        if math.isnan(score):
+            raise OptionError(f"metric: expected numbers, got {score} with weight {plan.weight:g}")
+        return score
     return agreement(averaged, aligned, data or ())
 
 
@@ -204,15 +260,16 @@ def private_tensors(models: Sequence[nn.Module], patterns: str | Sequence[str] =
     """
     if len(models) < 2:
         raise OptionError(f"expected two or more models, got {len(models)}")
+    patterns = _patterns(patterns)
     for number, model in enumerate(models):
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"model {number}: expected an nn.Module, got {type(model).__name__}")
+        _check_model(f"model {number}", model)
     first, *others = (stored_tensors(model) for model in models)
     own = {name for name in first if is_private(models[0], name, patterns)}
     for number, (model, state) in enumerate(zip(models[1:], others), start=1):
         if type(model) is not type(models[0]):
             raise MismatchError(f"model {number} is a {type(model).__name__}, the first a {type(models[0]).__name__}")
-        apart = sorted(name for name in first.keys() ^ state.keys() if not is_private(model, name, patterns))
+        lacking = {name for name in first.keys() - state.keys() if name not in own}
+        apart = sorted(lacking | (state.keys() - first.keys()))  # of what the first lacks no order would be known
         if apart:
             raise MismatchError(f"model {number} and the first do not both have {apart[0]}: expected one architecture")
         for name in (first.keys() & state.keys()) - own:
@@ -222,13 +279,32 @@ def private_tensors(models: Sequence[nn.Module], patterns: str | Sequence[str] =
     return frozenset(own)
 
 
-def is_private(model: nn.Module, name: str, patterns: str | Sequence[str] = ()) -> bool:
+def _check_model(label: str, model: object) -> None:
+    from ..modeling import EMRMergedModel
+
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"{label}: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, EMRMergedModel):
+        raise OptionError(f"{label}: a merged model makes its weights anew for each task: export the task first")
+
+
+def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise OptionError(f"private: {pattern!r} is not a regular expression: {error}") from None
+    return found
+
+
+def is_private(model: nn.Module, name: str, patterns: Sequence[str] = ()) -> bool:
     """Whether a tensor is of a head of a Transformers model, or matches one of the regular expressions."""
     from transformers import PreTrainedModel
 
     from ..checkpoint import is_head
 
-    if any(re.search(pattern, name) for pattern in ([patterns] if isinstance(patterns, str) else patterns)):
+    if any(re.search(pattern, name) for pattern in patterns):
         return True
     return isinstance(model, PreTrainedModel) and is_head(model, name)
 
@@ -240,16 +316,19 @@ def _example(model: nn.Module, example: Example | None, data: Data | None) -> Ex
     for batch in data or ():
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         if isinstance(batch, Mapping):
-            return {k: _few(v, device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
-        first = batch[0] if isinstance(batch, (tuple, list)) else batch
+            return {name: _few(value, device) for name, value in batch.items() if name not in UNUSED}
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(first, Tensor):
+            raise OptionError(f"data: expected batches that are or begin with a tensor, got {type(first).__name__}")
         return _few(first, device)
     if data is not None:
         raise OptionError("data: expected at least one batch, got none")
     return made_example(model)
 
 
-def _few(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor[:2].to(device)
+def _few(value: Any, device: torch.device) -> Any:
+    """Two rows; what has no rows is an option of the model."""
+    return (value[:2] if value.dim() else value).to(device) if isinstance(value, Tensor) else value
 
 
 def made_example(model: nn.Module) -> Example:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import MismatchError, OptionError
+from ..errors import MismatchError, OptionError, nearest, one_line
 from .similarity import evaluating, run_on
 from .symmetry import output_tensors, stored_tensors
 
@@ -42,11 +42,17 @@ def average(
 
     Returns:
         new models, of the first model's dtype; integer tensors are the first's.
+
+    Raises:
+        OptionError: there is no model, `private` names a tensor that none of them has, or there is no batch.
+        MismatchError: they have no tensor in common.
     """
+    if isinstance(models, nn.Module):
+        raise OptionError(f"expected models to average, in a list or by task, got one {type(models).__name__}")
     members = list(models.values()) if isinstance(models, Mapping) else list(models)
-    if not members:
-        raise OptionError("expected at least one model to average, got none")
-    states = [stored_tensors(model) for model in members]
+    states = _states(members)
+    check_data(data)
+    _check_names(private, states)
     merged = deepcopy(members[0])
     shared = []
     for name, tensor in stored_tensors(merged).items():
@@ -63,6 +69,30 @@ def average(
     return {task: with_own(merged, model, set(shared)) for task, model in models.items()}
 
 
+def _states(models: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+    if not models:
+        raise OptionError("expected at least one model to average, got none")
+    for number, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"model {number}: expected an nn.Module, got {type(model).__name__}")
+    return [stored_tensors(model) for model in models]
+
+
+def _check_names(private: Collection[str], states: Sequence[Mapping[str, Tensor]]) -> None:
+    if isinstance(private, str):
+        raise OptionError(f"private={private!r}: expected names of tensors, such as a plan's private")
+    known = {name for state in states for name in state}
+    for name in private:
+        if name not in known:
+            raise OptionError(f"private: no model has a tensor {name!r}.{nearest(name, known)}")
+
+
+def check_data(data: object) -> None:
+    """Raise OptionError where data is no collection of batches but, say, one of them."""
+    if data is not None and (isinstance(data, (Mapping, Tensor, str)) or not isinstance(data, Iterable)):
+        raise OptionError(f"data: expected batches, such as a list of them, got {type(data).__name__}")
+
+
 def with_own(merged: nn.Module, model: nn.Module, shared: Collection[str]) -> nn.Module:
     """A copy of a model whose shared parameters and buffers are those of the merged one."""
     ours = stored_tensors(merged)
@@ -76,11 +106,15 @@ def estimate_statistics(model: nn.Module, data: Iterable[Any]) -> None:
 
     Only the BatchNorm layers are in training mode while the batches run: dropout stays off. Nothing is done to a model
     without BatchNorm.
+
+    Raises:
+        OptionError: there is no batch, or one has a single value for each channel.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return
     momenta = {norm: norm.momentum for norm in norms}
+    seen = False
     with evaluating(model):
         try:
             for norm in norms:
@@ -89,9 +123,14 @@ def estimate_statistics(model: nn.Module, data: Iterable[Any]) -> None:
                 norm.training = True
             for batch in data:
                 run_on(model, batch)
+                seen = True
+        except ValueError as error:
+            raise OptionError(f"data: statistics of BatchNorm cannot be estimated: {one_line(error)}") from error
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
+    if not seen:
+        raise OptionError("data: expected at least one batch, got none")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from ..checkpoint import model_class_of
 from ..errors import CheckpointError, OptionError, RecipeError, one_line
 from ..repo import atomic_folder, check_target, copy_side_files
 from ..sources import Source, open_source
-from .aligning import AlignmentPlan, align
+from .aligning import AlignmentPlan, align, check_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,8 +46,10 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
     if recipe.base is not None:
         raise RecipeError("align: finetunes of one base lie alike already: leave out the field 'base', or 'align'")
     settings = dict(recipe.align or {})
-    batches = read_batches(settings.pop("data")) if settings.get("data") is not None else None
-    settings.pop("data", None)
+    path = settings.pop("data", None)
+    options = {"method": "mudsc", "weight": 0.5, "sites": "all", **settings}  # checked before any reading
+    check_options(options["method"], options["weight"], options["sites"], path is not None)
+    batches = read_batches(path) if path is not None else None
     sources = {task: open_source(reference, task) for task, reference in recipe.finetunes.items()}
     folders = folder_names(sources)
     models = {task: _load(source) for task, source in sources.items()}
@@ -76,7 +78,7 @@ def folder_names(tasks: Mapping[str, Any]) -> dict[str, str]:
         OptionError: two tasks would have the same.
     """
     names = {task: re.sub(r"[^\w.-]+", "-", task).strip(".") or "task" for task in tasks}
-    if len(set(names.values())) < len(names):
+    if len({SYMMETRIES_NAME, *map(str.lower, names.values())}) <= len(names):  # a disk may not tell cases apart
         raise OptionError(f"tasks {', '.join(map(repr, names))}: expected names that make different folders")
     return names
 
@@ -92,7 +94,7 @@ def read_batches(path: str | Path) -> list[dict[str, Tensor]]:
 
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"align: data: cannot read {path}: {one_line(error)}") from None
     rows = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
     if len(set(rows.values())) != 1 or 0 in rows.values():
@@ -108,6 +110,10 @@ def _load(source: Source) -> PreTrainedModel:
     model_class = model_class_of(str(source.architecture))
     where = source.folder if source.revision is None or source.folder is not None else source.name
     try:
-        return model_class.from_pretrained(where, revision=source.revision or "main")
+        loaded: Any = model_class.from_pretrained(where, revision=source.revision or "main", output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source.label}: cannot load {source.name}: {one_line(error)}") from None
+    model, info = loaded
+    if info["missing_keys"]:
+        raise CheckpointError(f"{source.label}: {source.name} has no {min(info['missing_keys'])}")
+    return model

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -56,11 +57,16 @@ def assign(similarity: Tensor) -> Tensor:
     return torch.from_numpy(_assign(similarity.double().cpu().numpy()))
 
 
+def check_scipy() -> None:
+    """Raise OptionError where there is no SciPy."""
+    if find_spec("scipy") is None or find_spec("scipy.optimize") is None:
+        raise OptionError("alignment needs SciPy: pip install 'emr_hf[align]'")
+
+
 def _assign(similarity: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise OptionError("alignment needs SciPy: pip install 'emr_hf[align]'") from None
+    check_scipy()
+    from scipy.optimize import linear_sum_assignment
+
     if similarity.shape[0] != similarity.shape[1] or not np.isfinite(similarity).all():
         raise OptionError(f"similarity of shape {similarity.shape}: expected a square matrix of finite numbers")
     return linear_sum_assignment(similarity, maximize=True)[1].astype(np.int64)

@@ -365,13 +365,18 @@ def _survey(model: nn.Module, spec: Symmetries, batch: Any) -> list[_Reading]:
     def note(reading: _Reading, tensor: Tensor) -> None:
         place = id(tensor), reading.start
         known, version = shown.get(place, (None, -1))
-        again = known is not None and known() is tensor and version == tensor._version
-        shown[place] = weakref.ref(tensor), tensor._version
+        again = known is not None and known() is tensor and version == _version(tensor)
+        shown[place] = weakref.ref(tensor), _version(tensor)
         if not again and reading not in order:
             order.append(reading)
 
     _run(model, batch, _readings(model, spec), note)
     return order
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; made in inference mode, a tensor does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _chosen(readings: list[_Reading], sites: str) -> list[_Reading]:

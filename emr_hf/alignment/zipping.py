@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .aligning import align
-from .averaging import estimate_statistics, with_own
+from .averaging import check_data, estimate_statistics, with_own
 from .layout import Layout, Permutation, Symmetries
 from .similarity import STATISTICS, activation_similarity, combine, comparable, weighed, weight_similarity
 from .symmetry import Example, stored_tensors
@@ -117,6 +117,7 @@ def zip_models(
         two new models, alike but for the private tensors: each has its own, such as its task's head, fitted to the
         merged units. They share all other tensors in memory. BatchNorm is estimated anew on the data.
     """
+    check_data(data)
     batches = list(data) if data is not None else None
     plan = align(model_a, model_b, data=batches, weight=weight, example=example, private=private, seed=seed)
     found, permutation = plan.symmetries, plan.permutations[1]
