@@ -15,6 +15,7 @@ the model it was at. A seed gives the same weights again on the same machine wit
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import gzip
 import json
@@ -242,7 +243,8 @@ class Architecture:
 
 
 def _from_config(config: PreTrainedConfig) -> Callable[[], nn.Module]:
-    return functools.partial(AutoModelForImageClassification.from_config, config)
+    # Of a copy: saving a model writes into its configuration.
+    return lambda: AutoModelForImageClassification.from_config(copy.deepcopy(config))
 
 
 ARCHITECTURES = {

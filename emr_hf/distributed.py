@@ -202,7 +202,7 @@ def _join(device: torch.device | str) -> Any:
 
 
 def _check_one_machine(team: Team) -> None:
-    """Across a network two machines may write one page of a mapped file and keep but one's part of it."""
+    """Over a network file system two machines may write one page of a file and keep but one's part of it."""
     machines = sorted(set(team.gather(platform.node())))
     if len(machines) > 1:
         raise ProcessError(f"the processes are on several machines ({', '.join(machines)}): expected one")

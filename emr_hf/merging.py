@@ -74,7 +74,7 @@ def merge(
 
     Where `accelerate launch` or `torchrun` has started several processes, or torch.distributed is initialised, they
     share the work out, and the repo is the same to the bit: every process has to make the same call, and gets the same
-    report, or the same error. They have to be on one machine, since all fill the same mapped files.
+    report, or the same error. They have to be on one machine, since all fill the same files.
 
     Args:
         base: the pretrained model: a folder, a Hub id (`"me/repo@revision"`) or a loaded model; `None` to take the one
