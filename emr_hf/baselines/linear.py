@@ -1,9 +1,4 @@
-"""The two merges that need no mask, to compare EMR-Merging with.
-
-Both give one set of weights for all tasks. Pure functions on state dicts; arithmetic is in float32, the result in the
-base's dtype. Only what all models share is merged: a tensor that is missing somewhere, differs in shape or is not
-floating point is left out of the result. Take out a head by name first, should it have one shape everywhere.
-"""
+"""Merges that are a weighted sum: the average of the weights, and task arithmetic."""
 
 from __future__ import annotations
 
@@ -12,10 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .election import shared_names
-from .errors import OptionError
-
-StateDict = Mapping[str, Tensor]
+from .vectors import StateDict, names_to_merge
 
 
 def weight_average(base: StateDict, finetunes: Mapping[str, StateDict]) -> dict[str, Tensor]:
@@ -50,10 +42,8 @@ def task_arithmetic(base: StateDict, finetunes: Mapping[str, StateDict], scale: 
         >>> task_arithmetic(base, {"a": plus, "b": minus}, scale=0.5)
         {'w': tensor([1.5000, 1.5000])}
     """
-    if not finetunes:
-        raise OptionError("expected at least one finetune to merge, got none")
     merged = {}
-    for name in shared_names(base, finetunes):
+    for name in names_to_merge(base, finetunes):
         start = base[name].float()
         moved = torch.zeros_like(start)
         for weights in finetunes.values():
