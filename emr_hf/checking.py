@@ -338,6 +338,8 @@ def _load_dtypes(skeleton: PreTrainedModel, dtype: torch.dtype) -> dict[str, tor
 
 def _warnings(plan: Plan) -> list[str]:
     warnings = []
+    if plan.recipe.align is not None:
+        warnings.append(f"align: all models are in memory while they are aligned, {human(plan.bytes_finetunes)}")
     if plan.recipe.base is None and plan.finetunes[plan.default_task].source.adapter is None:
         warnings.append(
             f"no base is given: {plan.base.source.name} stands for it. Finetunes of one model should have it as their "

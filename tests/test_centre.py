@@ -108,6 +108,8 @@ def test_the_plan_tells_what_stands_for_the_base(tmp_path: Path) -> None:
     assert any(BASELESS in warning for warning in two.warnings)
     assert any("the median of task 0, task 1, task 2 stands for it" in warning for warning in three.warnings)
     assert BASELESS in str(two)
+    aligned = emr_hf.check(emr_hf.Recipe(None, models(BERT, 2), align={"weight": 1}))
+    assert any("align: all models are in memory" in warning for warning in aligned.warnings)
 
 
 def test_an_adapter_has_to_name_its_base(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from .tracing import Call, Dim, Label, NoRule, Trace, rule
 
 
 def place_of(dim: int, dims: int) -> int:
+    """A dimension counted from the front, of a tensor of so many."""
     return dim % max(dims, 1)
 
 
@@ -28,6 +29,7 @@ def places_of(dims: int | Sequence[int] | None, count: int) -> list[int]:
 
 
 def optional(trace: Trace, tensor: Tensor | None) -> list[Label]:
+    """The label of an argument that may be left out."""
     return [] if tensor is None else [trace.of(tensor)]
 
 
@@ -242,6 +244,7 @@ def _select(trace: Trace, call: Call) -> None:
 
 
 def hold(trace: Trace, label: Label, places: Iterable[int], reason: str) -> None:
+    """Keep the order along some of the dimensions."""
     trace.freeze([label[place] for place in places], reason)
 
 
