@@ -66,7 +66,7 @@ class Recipe:
         _check_choice("tau_dtype", self.tau_dtype, TAU_DTYPES)
         if self.default_task is not None:
             _check_choice("default_task", self.default_task, self.finetunes)
-        object.__setattr__(self, "private", _patterns(self.private))
+        object.__setattr__(self, "private", patterns(self.private))
         parse_size(self.max_shard_size)
         _check_labels(self.labels, self.finetunes)
         _check_align(self.align, self.base)
@@ -155,7 +155,12 @@ def _check_align(align: object, base: object) -> None:
         raise OptionError("align: finetunes of one base lie alike already: leave out the field 'base', or 'align'")
 
 
-def _patterns(private: object) -> tuple[str, ...]:
+def patterns(private: object) -> tuple[str, ...]:
+    """The regular expressions of an option `private`.
+
+    Raises:
+        OptionError: it is none, nor a list of them.
+    """
     if isinstance(private, str):
         private = [private]
     if not isinstance(private, Sequence) or not all(isinstance(pattern, str) for pattern in private):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MismatchError, OptionError, nearest
+from ..recipe import patterns as checked_patterns
 from .averaging import agreement, average, check_data
 from .layout import Axis, Permutation, Symmetries, described
 from .matching import Matching, check_scipy, match_all
-from .similarity import UNUSED, activation_similarity, segment_sizes
+from .similarity import UNUSED, activation_similarity, device_of, segment_sizes
 from .symmetry import Example, stored_tensors, symmetries
 
 Data = Iterable[Any]
@@ -205,7 +206,7 @@ def _check_alike(first: Symmetries, other: Symmetries, number: int) -> None:
 
 def _fitted(example: Example, first: nn.Module, model: nn.Module) -> Example:
     """The first model's example on another's device, in its type of numbers."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
 
     def fit(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -260,7 +261,7 @@ def private_tensors(models: Sequence[nn.Module], patterns: str | Sequence[str] =
     """
     if len(models) < 2:
         raise OptionError(f"expected two or more models, got {len(models)}")
-    patterns = _patterns(patterns)
+    patterns = checked_patterns(patterns)
     for number, model in enumerate(models):
         _check_model(f"model {number}", model)
     first, *others = (stored_tensors(model) for model in models)
@@ -288,16 +289,6 @@ def _check_model(label: str, model: object) -> None:
         raise OptionError(f"{label}: a merged model makes its weights anew for each task: export the task first")
 
 
-def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for pattern in found:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise OptionError(f"private: {pattern!r} is not a regular expression: {error}") from None
-    return found
-
-
 def is_private(model: nn.Module, name: str, patterns: Sequence[str] = ()) -> bool:
     """Whether a tensor is of a head of a Transformers model, or matches one of the regular expressions."""
     from transformers import PreTrainedModel
@@ -314,7 +305,7 @@ def _example(model: nn.Module, example: Example | None, data: Data | None) -> Ex
     if example is not None:
         return example
     for batch in data or ():
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         if isinstance(batch, Mapping):
             return {name: _few(value, device) for name, value in batch.items() if name not in UNUSED}
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

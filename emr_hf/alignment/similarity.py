@@ -429,10 +429,15 @@ def run_on(model: nn.Module, batch: Any) -> Any:
 
     Labels are left out; tensors go to the model's device.
     """
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     if isinstance(batch, Mapping):
         return model(**{name: _to(value, device) for name, value in batch.items() if name not in UNUSED})
     return model(_to(batch[0] if isinstance(batch, tuple | list) else batch, device))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is, by its first parameter; one without any takes what is on the CPU."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _to(value: Any, device: torch.device) -> Any:

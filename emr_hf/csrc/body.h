@@ -381,7 +381,7 @@ inline int32_t round_segment(int64_t start, int64_t length, int32_t most, void *
         store<FLOAT32>(elected.size, i, scaled);
         store<FLOAT32>(elected.whole, i, as_float(rounded(scaled)));
         store<FLOAT32>(elected.square, i, as_float(rounded(scaled * below_one)));
-        store<FLOAT32>(elected.change, i, as_float(as_int(exact - used) & MAGNITUDE));
+        if (tau_kind != FLOAT32) store<FLOAT32>(elected.change, i, as_float(as_int(exact - used) & MAGNITUDE));
         f8 vector = as_float(as_int(used) | (flip & in_use));
         if (tau_kind == FLOAT32 && i + 8 <= length)
             store<FLOAT32>(tau, start + i, vector);
@@ -435,10 +435,7 @@ inline void compare(const float *task, int64_t length, int32_t largest, int32_t 
 // Sum of the squares of magnitudes.
 inline double sum_of_squares(const float *sizes, int64_t length) {
     i8 largest = {0};
-    for (int64_t i = 0; i < length; i += 8) {
-        i8 size = as_int(load<FLOAT32>(sizes, i));
-        largest = size > largest ? size : largest;
-    }
+    for (int64_t i = 0; i < length; i += 8) largest = larger(largest, as_int(load<FLOAT32>(sizes, i)));
     const float scale = scale_of(largest_of(largest)), up = ONE;
     Sum square;
     for (int64_t i = 0; i < length; i += 8) {
