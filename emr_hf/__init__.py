@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .checking import check
     from .configuration import EMRConfig
     from .editing import add_task, remove_task
-    from .election import Merge, merge_state_dicts
     from .errors import (
         ActivationError,
         CheckpointError,
@@ -36,8 +35,10 @@ if TYPE_CHECKING:
         SymmetryError,
         UnknownTaskError,
     )
+    from .evaluation import Evaluation, evaluate_task
     from .exporting import export
     from .hub import push_folder
+    from .in_memory import Merge, merge_state_dicts
     from .inspection import Inspection, inspect
     from .merging import merge, merge_recipe
     from .modeling import EMRMergedModel
@@ -79,9 +80,10 @@ _PLACES = {
     "EMRConfig": "configuration",
     "EMRMergedModel": "modeling",
     "EMRPeftConfig": "adapters.tuner",
+    "Evaluation": "evaluation",
     "Inspection": "inspection",
     "LoraReport": "adapters.lora",
-    "Merge": "election",
+    "Merge": "in_memory",
     "MergeReport": "report",
     "Plan": "plan",
     "Recipe": "recipe",
@@ -92,11 +94,12 @@ _PLACES = {
     "align_recipe": "alignment.folders",
     "average": "alignment.averaging",
     "check": "checking",
+    "evaluate_task": "evaluation",
     "export": "exporting",
     "inspect": "inspection",
     "merge": "merging",
     "merge_recipe": "merging",
-    "merge_state_dicts": "election",
+    "merge_state_dicts": "in_memory",
     "push_folder": "hub",
     "remove_task": "editing",
     "symmetries": "alignment.symmetry",
@@ -114,6 +117,7 @@ __all__ = [
     "EMRMergedModel",
     "EMRTextClassificationPipeline",
     "EMRTokenClassificationPipeline",
+    "Evaluation",
     "Inspection",
     "LoraReport",
     "Merge",
@@ -136,6 +140,7 @@ __all__ = [
     "align_recipe",
     "average",
     "check",
+    "evaluate_task",
     "export",
     "inspect",
     "merge",

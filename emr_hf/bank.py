@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .bits import packed_size
+from .election import TAU_DTYPES
+from .lowbit import BITS, Codes, infos, is_packed
 from .repo import flat_name
 
 PrivateSpec = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -32,10 +34,11 @@ class EMRBank(nn.Module):
 
     Args:
         shapes: merged parameter -> shape.
-        tau_dtype: of the unified vector.
+        tau_dtype: of the unified vector: a name of `election.TAU_DTYPES` or of `lowbit.BITS`.
         private: task's key -> name -> shape and dtype of its private tensors.
 
-    Buffers, saved under these names: `tau.<parameter>`, of the parameter's shape, `tau_dtype`;
+    Buffers, saved under these names: `tau.<parameter>`, of the parameter's shape, `tau_dtype`, or its codes, uint8,
+    and then `scale.<parameter>`, float32, one a row;
     `mask.<key>.<parameter>`, packed bits (see `emr_hf.bits`), uint8; `rescaler.<key>`, a float32 scalar;
     `private.<key>.<name>`. The base's values are kept in `base.<parameter>` once a task has replaced them in the
     model; they are saved as the model's.
@@ -46,12 +49,18 @@ class EMRBank(nn.Module):
 
     place: torch.device | None = None
 
-    def __init__(self, shapes: Mapping[str, torch.Size], tau_dtype: torch.dtype, private: Mapping[str, PrivateSpec]):
+    def __init__(self, shapes: Mapping[str, torch.Size], tau_dtype: str, private: Mapping[str, PrivateSpec]):
         super().__init__()
-        self.base, self.tau, self.rescaler = _Buffers(), _Buffers(), _Buffers()
+        self.base, self.tau, self.scale, self.rescaler = _Buffers(), _Buffers(), _Buffers(), _Buffers()
+        self._shapes, self._tau_dtype = shapes, tau_dtype
         self.mask, self.private = nn.Module(), nn.Module()
         for name, shape in shapes.items():
-            self.tau.put(name, torch.zeros(shape, dtype=tau_dtype))
+            if is_packed(tau_dtype, shape):
+                codes, scales = infos(tau_dtype, shape)
+                self.tau.put(name, torch.zeros(codes.shape, dtype=codes.dtype))
+                self.scale.put(name, torch.zeros(scales.shape, dtype=scales.dtype))
+            else:
+                self.tau.put(name, torch.zeros(shape, dtype=TAU_DTYPES.get(tau_dtype, torch.float32)))
         for key, tensors in private.items():
             masks, own = _Buffers(), _Buffers()
             for name, shape in shapes.items():
@@ -61,6 +70,13 @@ class EMRBank(nn.Module):
             self.mask.add_module(key, masks)
             self.private.add_module(key, own)
             self.rescaler.put(key, torch.ones((), dtype=torch.float32))
+
+    def vector(self, name: str) -> Tensor | Codes:
+        """A parameter's part of the unified vector."""
+        stored = self.tau.get(name)
+        if not self.scale.has(name):
+            return stored
+        return Codes(stored, self.scale.get(name), BITS[self._tau_dtype], self._shapes[name])
 
     def mask_of(self, key: str, name: str) -> Tensor:
         """The packed mask of a parameter, uint8."""
@@ -73,7 +89,9 @@ class EMRBank(nn.Module):
     def needed(self, key: str | None) -> list[tuple[str, Tensor]]:
         """Buffers that are read for a task, or for the base, and their names."""
         parts = (
-            [self.base] if key is None else [self.base, self.tau, getattr(self.mask, key), getattr(self.private, key)]
+            [self.base]
+            if key is None
+            else [self.base, self.tau, self.scale, getattr(self.mask, key), getattr(self.private, key)]
         )
         return [(name, tensor) for part in parts for name, tensor in part._buffers.items() if tensor is not None]
 
@@ -81,7 +99,7 @@ class EMRBank(nn.Module):
         """Follow `.to(device)`. A change of dtype is the model's and the base's: everything else stays exact."""
         if self.place is not None:
             return self._apply_here(fn, recurse)
-        exact = (self.tau, self.rescaler, *self.mask.children(), *self.private.children())
+        exact = (self.tau, self.scale, self.rescaler, *self.mask.children(), *self.private.children())
         kept = {buffers: dict(buffers._buffers) for buffers in exact}
         super()._apply(fn, recurse)
         for buffers, before in kept.items():

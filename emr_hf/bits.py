@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .lowbit import Codes
 
 # Elements rebuilt at a time on the CPU: small enough for the cache and for torch to stay on one thread.
 _CHUNK = 1 << 15
@@ -53,14 +54,14 @@ def _unpack_flat(packed: Tensor, start: int, stop: int) -> Tensor:
     return ((part[:, None] >> shifts) & 1).reshape(-1)[: stop - start]
 
 
-def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Tensor | None = None) -> Tensor:
+def rebuild(base: Tensor, tau: Tensor | Codes, packed: Tensor, rescaler: Tensor, out: Tensor | None = None) -> Tensor:
     """W_t' = W0 + lambda_t M_t tau (paper, equation 5): the one definition of a task's weight.
 
     Computed in float32 and rounded once, to `out`'s dtype. Where the mask is 0 the result is the base to the bit.
 
     Args:
         base: W0, any shape and float dtype.
-        tau: the unified vector, of the base's shape, any float dtype.
+        tau: the unified vector, of the base's shape, any float dtype, or codes of it.
         packed: the task's mask, uint8 `(ceil(numel / 8),)`.
         rescaler: lambda_t, a float32 scalar.
         out (*optional*): where to write; a new tensor of the base's shape and dtype by default.
@@ -74,7 +75,13 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Te
     # Subtracting a masked +0.0 keeps every base as it is, -0.0 too; adding one would turn -0.0 into 0.0.
     minus_rescaler = -rescaler.to(device, torch.float32)
     target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=device)
-    flat_out, flat_base, flat_tau = (t.detach().reshape(-1) for t in (target, base, tau))
+    flat_out, flat_base = (t.detach().reshape(-1) for t in (target, base))
+    if isinstance(tau, Codes):
+        rebuild_part(flat_base, tau, packed, rescaler, flat_out, slice(0, flat_out.numel()))
+        if target is not out:
+            out.detach().copy_(target)
+        return out
+    flat_tau = tau.detach().reshape(-1)
     if kernels.takes(flat_out, flat_base, flat_tau, packed):
         kernels.rebuild(flat_base, flat_tau, packed, float(minus_rescaler), flat_out)
     elif device.type == "cuda" and _has_triton():
@@ -90,6 +97,18 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, rescaler: Tensor, out: Te
     if target is not out:
         out.detach().copy_(target)
     return out
+
+
+def rebuild_part(
+    base: Tensor, tau: Tensor | Codes, packed: Tensor, rescaler: Tensor, out: Tensor, part: slice
+) -> None:
+    """[`rebuild`] elements `start` (a multiple of 8) to `stop` of flat tensors."""
+    step = max(part.stop - part.start, 1)
+    if isinstance(tau, Codes) and out.device.type == "cpu":
+        step = _CHUNK  # what is decoded stays in the cache
+    for start in range(part.start, part.stop, step):
+        piece = slice(start, min(start + step, part.stop))
+        rebuild(base[piece], tau[piece], packed[start // 8 : packed_size(piece.stop)], rescaler, out[piece])
 
 
 @functools.cache
@@ -117,12 +136,12 @@ class StoredVector:
         tau, packed, rescaler: as for [`rebuild`].
     """
 
-    tau: Tensor
+    tau: Tensor | Codes
     packed: Tensor
     rescaler: Tensor
 
     def __getitem__(self, where: slice) -> Tensor:
         """Elements `start` (a multiple of 8) to `stop` of the flat vector, float32."""
-        tau = self.tau.reshape(-1)[where]
+        tau = self.tau[where] if isinstance(self.tau, Codes) else self.tau.reshape(-1)[where]
         packed = self.packed[where.start // 8 : packed_size(where.stop)]
         return rebuild(torch.zeros(tau.shape), tau, packed, self.rescaler)

@@ -14,16 +14,17 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from . import election
+from . import lowbit
 from .adapters import binding, ia3
 from .adapters.delta import AdapterCheckpoint
 from .bits import packed_size
 from .centre import stand_in
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton, is_head, tied_names
+from .election import TAU_DTYPES
 from .errors import CheckpointError, MismatchError, OptionError, RepoError
 from .plan import Plan, dtype_name
 from .recipe import Recipe
-from .repo import LAYOUTS, check_target, mask_name, model_name, private_name, rescaler_name, tau_name
+from .repo import LAYOUTS, check_target, mask_name, model_name, private_name, rescaler_name, scale_name, tau_name
 from .report import human
 from .sources import MERGEABLE_DTYPES, Adapter, Source, open_input, open_source
 from .storage import TensorInfo
@@ -60,6 +61,8 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
     """
     if save_as not in LAYOUTS:
         raise OptionError(f"save_as={save_as!r} is unknown: expected one of {', '.join(LAYOUTS)}")
+    if save_as == "peft" and recipe.method == "levels":
+        raise OptionError("save_as='peft': method='levels' replaces the base, beside which an adapter is loaded")
     if save_as == "peft" and isinstance(recipe.base, PreTrainedModel) and not recipe.base.config.name_or_path:
         raise OptionError("save_as='peft': the base is a loaded model without a path: an adapter has to name its base")
     if out is not None:
@@ -307,13 +310,17 @@ def _list_skipped(plan: Plan) -> None:
 
 def _outputs(plan: Plan) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of everything the repo will hold, base first, then the vector, then task by task."""
-    tau_dtype = election.TAU_DTYPES[plan.recipe.tau_dtype]
+    tau_dtype = plan.recipe.tau_dtype
     shapes = {name: plan.base.infos[name].shape for name in plan.merged}
     outputs = {}
     if plan.save_as == "model":
         for name in (*plan.merged, *plan.kept):
             outputs[model_name(name)] = TensorInfo(plan.base.infos[name].shape, plan.dtypes[name])
-    outputs |= {tau_name(name): TensorInfo(shape, tau_dtype) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        if lowbit.is_packed(tau_dtype, shape):
+            outputs[tau_name(name)], outputs[scale_name(name)] = lowbit.infos(tau_dtype, shape)
+        else:
+            outputs[tau_name(name)] = TensorInfo(shape, TAU_DTYPES.get(tau_dtype, torch.float32))
     for task, key in plan.task_keys.items():
         infos = plan.finetunes[task].infos
         for name in plan.merged:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -109,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_overwrite(sub)
     _add_format(sub)
     sub = verb("inspect", _inspect, "print what a merged repo holds", "repo")
+    sub.add_argument("--plot", metavar="FILE", help="draw what was lost, layers by tasks: .png, .svg or .pdf")
+    _add_format(sub)
+    sub = verb("eval", _eval, "measure a task of a merged repo on labelled data", "repo")
+    _add_evaluation(sub)
     _add_format(sub)
     sub = verb("export", _export, "write one task so that transformers or PEFT loads it by itself", "repo", "out")
     sub.add_argument("--task", required=True, help="the task")
@@ -156,8 +160,40 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of the output (default: text)")
 
 
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, help=".csv, .tsv, .json(l), .parquet, a saved folder, or Hub id[:split]"
+    )
+    parser.add_argument("--task", help="the task (default: the repo's default task)")
+    parser.add_argument("--split", help="of the data, where it has several")
+    parser.add_argument(
+        "--text-column",
+        nargs="+",
+        metavar="COLUMN",
+        help="of the texts or images; two of pairs (default: by its name)",
+    )
+    parser.add_argument(
+        "--label-column", metavar="COLUMN", help="of the labels, names or ids (default: label or labels)"
+    )
+    parser.add_argument(
+        "--metric",
+        nargs="+",
+        default=["accuracy"],
+        help="names or paths for evaluate.load; f1:macro for an average (default: accuracy)",
+    )
+    parser.add_argument("--compare", metavar="MODEL", help="the task's own finetune, to measure on the same rows")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows at a time (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help="only the first so many")
+    parser.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: %(default)s)")
+
+
 def _show(result: object, style: str) -> None:
-    print(json.dumps(asdict(result), indent=2) if style == "json" else result)  # type: ignore[call-overload]
+    if style == "json":
+        from .report import to_json
+
+        print(to_json(asdict(result)))  # type: ignore[call-overload]
+    else:
+        print(result)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -206,8 +242,37 @@ def _remove(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from . import inspect
+    from .plotting import check_plot
 
-    _show(inspect(options.repo), options.format)
+    if options.plot is not None:
+        check_plot(options.plot)
+    found = inspect(options.repo)
+    if options.plot is not None:
+        print(f"emr-hf: wrote {found.plot(options.plot)}", file=sys.stderr)
+    _show(found, options.format)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from . import evaluate_task
+
+    with suppress(ImportError):
+        import datasets
+
+        datasets.disable_progress_bars()
+    found = evaluate_task(
+        options.repo,
+        options.data,
+        options.task,
+        split=options.split,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        metrics=options.metric,
+        batch_size=options.batch_size,
+        rows=options.rows,
+        device=options.device,
+        compare=options.compare,
+    )
+    _show(found, options.format)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ class EMRConfig(PreTrainedConfig):
         merged_parameters: names of the merged tensors.
         vectors: settings of the (IA)³ layers in the wrapped model whose vectors are merged; `None` where weights are.
         tau_dtype: what the unified vector is stored in.
+        method: how vector and masks came about; with `"levels"` the base is not the pretrained model.
         recipe: what was merged, as in a recipe file, with published names.
         report: the numbers of [`MergeReport`].
         emr_format: version of the repo's format.
@@ -57,6 +58,7 @@ class EMRConfig(PreTrainedConfig):
     merged_parameters: list[str] | None = None
     vectors: Any = None
     tau_dtype: str = "float32"
+    method: str = "emr"
     recipe: Any = None
     report: Any = None
     emr_format: int = FORMAT_VERSION

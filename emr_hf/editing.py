@@ -10,7 +10,7 @@ from .errors import OptionError, UnknownTaskError
 from .finished import FinishedRepo
 from .merging import elect, write_repo
 from .plan import Plan
-from .repo import WeightsWriter, check_outside, check_target, mask_name, model_name, tau_name
+from .repo import WeightsWriter, check_outside, check_target, mask_name, model_name, scale_name, tau_name
 from .report import MergeReport
 from .sources import Reference, open_input
 
@@ -39,12 +39,14 @@ def add_task(
         progress (*optional*): as for [`merge`].
 
     Raises:
-        OptionError: the repo has a task of that name.
+        OptionError: the repo has a task of that name, or was merged with `method="levels"`.
         EMRError: as for [`merge`].
     """
     check_target(Path(out), overwrite)
     old = FinishedRepo(repo)
     check_outside(old.folder, Path(out))
+    if old.config.method == "levels":
+        raise OptionError(f"{repo} holds two levels for each weight, to which no task can be added: merge again")
     if task in old.config.tasks:
         raise OptionError(f"{task!r} is a task of {repo} already: choose another name, or remove it first")
     source = bound(open_input(finetune, task), old.base)
@@ -96,6 +98,9 @@ def _keep_account(before: MergeReport, report: MergeReport) -> MergeReport:
         lost = (old.lost or 0.0) + (new.relative_error * (new.length or 0.0) / length if length else 0.0)
         kept = replace(old, rescaler=new.rescaler, density=new.density, lost=lost, length=length)
         report.tasks[task] = replace(kept, private_elements=new.private_elements)
+    for entry in report.tensors.values():
+        entry["tasks"] = {task: values for task, values in entry["tasks"].items() if task not in before.tasks}
+    report.keep_tensors(before.tensors)
     report.bytes_finetunes = before.bytes_finetunes + sum(
         numbers.nbytes for task, numbers in report.tasks.items() if task not in before.tasks
     )
@@ -107,16 +112,21 @@ def _copy_merge(old: FinishedRepo, plan: Plan, writer: WeightsWriter) -> MergeRe
     for name in plan.merged:
         if plan.save_as == "model":
             writer.write(model_name(name), plan.base.read(name))
-        writer.write(tau_name(name), old.storage.read(tau_name(name)))
+        for stored in (tau_name(name), scale_name(name)):
+            if stored in old.storage.infos:
+                writer.write(stored, old.storage.read(stored))
         for task, key in plan.task_keys.items():
             stored = mask_name(old.config.entry(task)["key"], name)
             writer.write(mask_name(key, name), old.storage.read(stored))
     gone = [numbers for task, numbers in old.report.tasks.items() if task not in plan.finetunes]
-    return replace(
+    report = replace(
         old.report,
         tasks={task: old.report.tasks[task] for task in plan.tasks},
         bytes_out=plan.bytes_out,
         bytes_modulators=plan.bytes_modulators,
         bytes_finetunes=old.report.bytes_finetunes - sum(n.nbytes for n in gone) if all(n.nbytes for n in gone) else 0,
         warnings=[],
+        tensors={},
     )
+    report.keep_tensors(old.report.tensors)
+    return report

@@ -16,8 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,9 +24,8 @@ from torch import Tensor
 from . import bits, kernels
 from .bits import StoredVector
 from .errors import NonFiniteError, OptionError
-from .threads import run_all
 
-RESCALERS = ("global", "tensor_mean")
+RESCALERS = ("global", "tensor_mean", "least_squares", "none")
 TAU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # How lambda is rounded must depend neither on the number of threads nor on how much is worked on at a time. So terms
@@ -126,12 +124,13 @@ class Sums:
     square_tau: float = 0.0  # sum tau_t^2
     square_kept: float = 0.0  # sum M_t tau^2
     product: float = 0.0  # sum tau_t M_t tau
+    agreeing: int = 0  # elements that what is rebuilt moves the same way as the finetune did
 
     @classmethod
     def total(cls, parts: Iterable[Sums]) -> Sums:
         """Sum over tensors, correctly rounded, so that the tensors' order does not matter."""
         rows = [vars(part) for part in parts]
-        counts = {name: sum(row[name] for row in rows) for name in ("numel", "nonzero", "kept")}
+        counts = {name: sum(row[name] for row in rows) for name in ("numel", "nonzero", "kept", "agreeing")}
         sums = {name: math.fsum(row[name] for row in rows) for name in vars(cls()) if name not in counts}
         return cls(**counts, **sums)  # type: ignore[arg-type]
 
@@ -142,8 +141,8 @@ class Sums:
 
     @property
     def sign_conflict(self) -> float:
-        """Share of the moved elements whose direction lost the election."""
-        return 1 - self.kept / self.nonzero if self.nonzero else 0.0
+        """Share of the moved elements that are not moved in that direction any more: they lost the election."""
+        return 1 - self.agreeing / self.nonzero if self.nonzero else 0.0
 
     @property
     def cosine(self) -> float:
@@ -165,12 +164,18 @@ def rescaler(parts: Sequence[Sums], mode: str = "global") -> float:
     """lambda_t from one task's sums over each merged tensor.
 
     `"global"` is the paper's: sum |tau_t| / sum M_t |tau| over all elements. `"tensor_mean"` is that of most of the
-    reference scripts: the same ratio of sums over tensors of the tensors' means. 1 where the mask is empty.
+    reference scripts: the same ratio of sums over tensors of the tensors' means. `"least_squares"` is what minimises
+    ||tau_t - lambda M_t tau||: <tau_t, M_t tau> / ||M_t tau||^2. 1 where the mask is empty, and with `"none"`.
     """
     if mode not in RESCALERS:
         raise OptionError(f"rescale={mode!r} is unknown: expected one of {', '.join(RESCALERS)}")
-    weights = [1.0 if mode == "global" else 1.0 / part.numel for part in parts if part.numel]
     parts = [part for part in parts if part.numel]
+    if mode == "none":
+        return 1.0
+    if mode == "least_squares":
+        total = Sums.total(parts)
+        return total.product / total.square_kept if total.square_kept else 1.0
+    weights = [1.0 if mode == "global" else 1.0 / part.numel for part in parts]
     above = math.fsum(w * part.abs_tau for w, part in zip(weights, parts))
     below = math.fsum(w * part.abs_kept for w, part in zip(weights, parts))
     return above / below if below else 1.0
@@ -183,7 +188,8 @@ class Partial:
     Attributes:
         sums: `(units, N, 5)` float64: for each task sum |tau_t|, sum M_t |tau|, sum tau_t^2, sum M_t tau^2 and
             sum tau_t M_t tau.
-        counts: `(N, 2)` int64: elements that moved, and elements in the mask.
+        counts: `(N, 2)` int64: elements that moved, and elements in the mask. Where these are not all that move the
+            same way, `(N, 3)`: also how many do.
         squares: `(units, 2)` float64: sum tau^2 before rounding to a narrower dtype than float32, and the sum of the
             squares of what the rounding changed; zeros where nothing is rounded.
         numel: the elements.
@@ -205,6 +211,10 @@ class Partial:
         )
 
 
+_COLUMNS = ("abs_tau", "abs_kept", "square_tau", "square_kept", "product")
+"""Of `Partial.sums`."""
+
+
 @dataclass
 class TensorSums:
     """Sums over a tensor: one a task, and those of `Partial.squares`."""
@@ -220,7 +230,10 @@ class TensorSums:
         counts = torch.stack([part.counts for part in parts]).sum(0).tolist()
         columns = torch.cat([part.sums for part in parts]).permute(1, 2, 0).tolist()  # (N, 5, units)
         square, rounding = (math.fsum(column) for column in torch.cat([part.squares for part in parts]).T.tolist())
-        tasks = [Sums(numel, *count, *map(math.fsum, rows)) for count, rows in zip(counts, columns)]
+        tasks = [
+            Sums(numel, count[0], count[1], agreeing=count[-1], **dict(zip(_COLUMNS, map(math.fsum, rows))))
+            for count, rows in zip(counts, columns)
+        ]
         return cls(tasks, square, rounding)
 
 
@@ -313,16 +326,9 @@ def _elect_with_torch(
     device: torch.device | str,
 ) -> Partial:
     """[`elect_block`], by its definition."""
-    base = base.to(device)
-    finetunes = [
-        TaskVector(given.values.to(device)) if isinstance(given, TaskVector) else given.to(device)
-        for given in finetunes
-    ]
-    taus = torch.stack([task_vector(finetune, base) for finetune in finetunes])  # (N, n)
+    taus = finite_task_vectors(base, finetunes, start, device)
     abs_tau = _in_segments(taus.abs())  # (N, segments, SEGMENT)
     largest = abs_tau.amax(-1)
-    if not torch.isfinite(largest).all():
-        raise _non_finite(base, finetunes, taus, start)
     exact = elect(taus)
     tau = exact.to(tau_out.dtype) + 0.0  # no -0.0 of underflow either
     used = tau.to(torch.float32)
@@ -356,6 +362,21 @@ def _elect_with_torch(
             terms = (sizes * scale[..., None]).square()
             part.squares[:, column] = whole_sums(terms, 1 / scale.to(torch.float64).square())
     return part
+
+
+def finite_task_vectors(
+    base: Tensor, finetunes: Sequence[Tensor | TaskVector], start: int, device: torch.device | str
+) -> Tensor:
+    """The task vectors of some elements, `(N, n)` float32 on a device; arguments and errors as [`elect_block`]."""
+    base = base.to(device)
+    finetunes = [
+        TaskVector(given.values.to(device)) if isinstance(given, TaskVector) else given.to(device)
+        for given in finetunes
+    ]
+    taus = torch.stack([task_vector(finetune, base) for finetune in finetunes])
+    if not torch.isfinite(taus.abs().amax(-1) if taus.numel() else taus).all():
+        raise _non_finite(base, finetunes, taus, start)
+    return taus
 
 
 def first_non_finite(values: Tensor) -> int | None:
@@ -422,69 +443,6 @@ class TensorElection:
         return elect_block(self.base[block], inputs, tau, masks, block.start, self.device)
 
 
-@dataclass
-class Merge:
-    """A merge of plain state dicts.
-
-    Attributes:
-        tau: unified task vector, name -> float32 tensor of the parameter's shape.
-        masks: task -> name -> bool tensor of the parameter's shape.
-        rescalers: task -> lambda.
-        private: task -> names of its tensors that were not merged (missing elsewhere, another shape, not floating).
-        sums: task -> float64 sums over all merged elements.
-    """
-
-    tau: dict[str, Tensor] = field(default_factory=dict)
-    masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    rescalers: dict[str, float] = field(default_factory=dict)
-    private: dict[str, list[str]] = field(default_factory=dict)
-    sums: dict[str, Sums] = field(default_factory=dict)
-
-
-def merge_state_dicts(
-    base: Mapping[str, Tensor], finetunes: Mapping[str, Mapping[str, Tensor]], rescale: str = "global"
-) -> Merge:
-    """EMR-Merging of state dicts, in memory (paper, algorithm 1).
-
-    Args:
-        base: name -> tensor.
-        finetunes: task -> name -> tensor.
-        rescale (*optional*, defaults to `"global"`): `"global"` or `"tensor_mean"`, see [`rescaler`].
-
-    Returns:
-        a [`Merge`]. A floating-point tensor that the base and every finetune have in one shape is merged; any other
-        is listed in `private`.
-
-    Raises:
-        OptionError: no finetunes, an unknown `rescale`, or nothing that all share.
-        NonFiniteError: a NaN or Inf in a merged tensor.
-    """
-    if not finetunes:
-        raise OptionError("nothing to merge: expected at least one finetune, got none")
-    if rescale not in RESCALERS:
-        raise OptionError(f"rescale={rescale!r} is unknown: expected one of {', '.join(RESCALERS)}")
-    names = shared_names(base, finetunes)
-    if not names:
-        raise OptionError("nothing to merge: the base and the finetunes have no floating-point tensor in common")
-    result = Merge(masks={task: {} for task in finetunes})
-    sums = []
-    threads = torch.get_num_threads()
-    with torch_threads(1):  # blocks are too small to share, and waiting for a busy core costs many times the work
-        for name in names:
-            tau, masks, tensor_sums = _merge_tensor(
-                name, base[name], {t: sd[name] for t, sd in finetunes.items()}, threads
-            )
-            result.tau[name] = tau
-            for task, task_mask in zip(finetunes, masks):
-                result.masks[task][name] = task_mask
-            sums.append(tensor_sums)
-    for task, parts, state_dict in zip(finetunes, zip(*sums), finetunes.values()):
-        result.rescalers[task] = rescaler(parts, rescale)
-        result.sums[task] = Sums.total(parts)
-        result.private[task] = [name for name in state_dict if name not in result.tau]
-    return result
-
-
 def shared_names(base: Mapping[str, Tensor], finetunes: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     """Names of the floating-point tensors that the base and every finetune have in one shape."""
 
@@ -493,21 +451,3 @@ def shared_names(base: Mapping[str, Tensor], finetunes: Mapping[str, Mapping[str
         return found is not None and found.is_floating_point() and found.shape == base[name].shape
 
     return [name for name in base if all(fits(name, weights) for weights in (base, *finetunes.values()))]
-
-
-def _merge_tensor(
-    name: str, base: Tensor, finetunes: Mapping[str, Tensor], threads: int
-) -> tuple[Tensor, list[Tensor], list[Sums]]:
-    tau = torch.zeros(base.shape)
-    packed = [torch.zeros(bits.packed_size(base.numel()), dtype=torch.uint8) for _ in finetunes]
-    election = TensorElection(base, list(finetunes.values()))
-
-    def elect_one(block: slice) -> Partial:
-        where = slice(block.start // 8, bits.packed_size(block.stop))
-        return election.run(block, tau.view(-1)[block], [mask[where] for mask in packed])
-
-    try:
-        parts = list(run_all((partial(elect_one, block) for block in election.blocks()), threads))
-    except NonFiniteError as error:
-        raise error.located(name, base.shape, ["base", *finetunes][error.source + 1]) from None
-    return tau, [bits.unpack(mask, base.shape) for mask in packed], TensorSums.total(parts).tasks

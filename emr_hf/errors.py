@@ -6,7 +6,7 @@ Each names the offender, what was expected and what came.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -106,3 +106,9 @@ def nearest(name: object, names: Iterable[str]) -> str:
     by_lower = {str(known).lower(): str(known) for known in names}
     near = [by_lower[match] for match in difflib.get_close_matches(str(name).lower(), by_lower, n=3)]
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise OptionError unless the value of an option is one of those that there are."""
+    if not isinstance(value, str) or value not in choices:
+        raise OptionError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}")

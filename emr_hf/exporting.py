@@ -58,7 +58,7 @@ def export(
     with atomic_folder(Path(out)) as folder:
         report = None
         if save_as == "model":
-            _plain_model(finished, task).save_pretrained(folder, max_shard_size=shard_bytes)
+            plain_model(finished, task).save_pretrained(folder, max_shard_size=shard_bytes)
         elif save_as == "lora":
             report = write_lora(finished, task, folder, check_rank(rank))
         else:
@@ -67,7 +67,7 @@ def export(
     return report
 
 
-def _plain_model(repo: FinishedRepo, task: str) -> PreTrainedModel:
+def plain_model(repo: FinishedRepo, task: str) -> PreTrainedModel:
     """The task as a model without anything of ours, or of PEFT's."""
     if repo.layout == "model":
         return EMRMergedModel.from_pretrained(repo.folder, emr_task=task).merge_and_unload(task)

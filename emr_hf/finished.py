@@ -23,10 +23,12 @@ from .checking import check_finetune, common_architecture, config_differences, f
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton
 from .configuration import EMRConfig, repo_config
 from .errors import MismatchError
+from .lowbit import BITS, Codes
 from .plan import Plan
 from .recipe import Recipe
 from .repo import (
     GENERATION_CONFIG,
+    REPORT_NAME,
     fetch_repo,
     layout_of,
     mask_name,
@@ -34,9 +36,10 @@ from .repo import (
     open_repo,
     private_name,
     rescaler_name,
+    scale_name,
     tau_name,
 )
-from .report import MergeReport
+from .report import MergeReport, read_tensors
 from .sources import Source, open_source
 from .storage import TensorInfo
 
@@ -61,6 +64,7 @@ class FinishedRepo:
         self.layout = str(layout_of(self.folder))
         self.storage = open_repo(self.folder)
         self.report = MergeReport.from_dict(self.config.report)
+        self.report.keep_tensors(read_tensors(self.folder / REPORT_NAME))
         self.base_place, self.base_revision = self._place_of_base()
 
     def _place_of_base(self) -> tuple[str, str | None]:
@@ -147,6 +151,7 @@ class FinishedRepo:
         return Recipe(
             base=known["base"],
             finetunes={task: source.name for task, source in sources.items()},
+            method=self.config.method,
             rescale=known["rescale"],
             tau_dtype=self.config.tau_dtype,
             default_task=default_task,
@@ -176,11 +181,11 @@ class FinishedTask(NamedTensors):
     def __init__(self, source: Source, repo: FinishedRepo, base: NamedTensors):
         super().__init__(source)
         self._base, self._entry, self._storage = base, repo.config.entry(source.label), repo.storage
-        self._folder = repo.folder
+        self._folder, self._tau_dtype = repo.folder, repo.config.tau_dtype
         self._merged = set(repo.config.merged_parameters or [])
         self._private = {name: private_name(self.key, name) for name in self._entry["private"]}
-        infos = {name: self._storage.infos[tau_name(name)] for name in self._merged}
-        self.infos = {**base.infos, **{name: TensorInfo(info.shape, torch.float32) for name, info in infos.items()}}
+        vectors = {name: TensorInfo(base.infos[name].shape, torch.float32) for name in self._merged}
+        self.infos = {**base.infos, **vectors}
         self.infos |= {name: self._storage.infos[stored] for name, stored in self._private.items()}
 
     @property
@@ -213,9 +218,14 @@ class FinishedTask(NamedTensors):
         if name not in self._merged:
             return self._base.read(name)
         rescaler = self._storage.read(rescaler_name(self.key))
-        return StoredVector(
-            self._storage.read(tau_name(name)), self._storage.read(mask_name(self.key, name)), rescaler
-        )
+        return StoredVector(self._vector(name), self._storage.read(mask_name(self.key, name)), rescaler)
+
+    def _vector(self, name: str) -> Tensor | Codes:
+        stored = self._storage.read(tau_name(name))
+        if scale_name(name) not in self._storage.infos:
+            return stored
+        scales, shape = self._storage.read(scale_name(name)), torch.Size(self.infos[name].shape)
+        return Codes(stored, scales, BITS[self._tau_dtype], shape)
 
     def read(self, name: str) -> Tensor:
         """The task's tensor, a merged one rebuilt."""

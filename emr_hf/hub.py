@@ -5,27 +5,43 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from transformers import PreTrainedModel
 
 from .card import make_card
 from .configuration import EMRConfig, repo_config
 from .errors import RepoError, one_line
 from .repo import CARD_NAME, REPORT_NAME, is_written_by_us, layout_of, open_repo, write_shim
-from .report import MergeReport
+from .report import MergeReport, Tensors, read_tensors
 from .sources import HUB_ERRORS
 
 
-def write_repo_files(folder: Path, config: EMRConfig, repo_id: str) -> None:
-    """Write what a repo holds beside weights and configuration: the `auto_map` shim, the report and the card."""
+def write_repo_files(folder: Path, config: EMRConfig, repo_id: str, tensors: Tensors) -> None:
+    """Write what a repo holds beside weights and configuration: the `auto_map` shim, the report and the card.
+
+    Args:
+        tensors: the report's, which the configuration does not have.
+    """
     if layout_of(folder) == "model":
         write_shim(folder, sorted({path.rpartition(".")[2] for path in config.auto_map.values()}))
-    MergeReport.from_dict(config.report).save(folder / REPORT_NAME)
+    report = MergeReport.from_dict(config.report)
+    report.keep_tensors(tensors)
+    report.save(folder / REPORT_NAME)
     card = make_card(config, repo_id, str(layout_of(folder)))
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def saved_tensors(repo: str | Path, revision: str | None = None) -> Tensors:
+    """`tensors` of the report in a merged repo, a folder or a Hub id; empty where it has none."""
+    if Path(repo).is_dir():
+        return read_tensors(Path(repo) / REPORT_NAME)
+    with suppress(*HUB_ERRORS):
+        return read_tensors(Path(hf_hub_download(str(repo), REPORT_NAME, revision=revision)))
+    return {}
 
 
 def carry_files(repo: Path, folder: Path) -> None:

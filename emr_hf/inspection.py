@@ -12,9 +12,14 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .configuration import EMRConfig, repo_config
 from .errors import RepoError, one_line
-from .repo import PARTS, fetch_repo, open_repo, part_of
-from .report import MergeReport, human, table
+from .hub import saved_tensors
+from .layers import by_kind, grid, worst_tensors
+from .plotting import check_plot, plot_layers
+from .repo import PARTS, REPORT_NAME, fetch_repo, open_repo, part_of, writing
+from .report import MergeReport, Tensors, human, table
 from .sources import HUB_ERRORS
+
+_MOST_COLUMNS = 8
 
 
 @dataclass
@@ -27,6 +32,8 @@ class Inspection:
         parts: part (`"base"`, `"tau"`, `"mask"`, `"private"`, `"rescaler"`) -> bytes.
         tasks: task -> what the configuration records of it.
         report: the merge's numbers.
+        tensors: of the merge's report, name of a merged tensor -> its [`TensorEntry`]; empty where the report is one
+            of an older version.
     """
 
     repo: str
@@ -38,6 +45,7 @@ class Inspection:
     tasks: dict[str, dict[str, Any]]
     report: dict[str, Any]
     parts: dict[str, int] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
 
     def __str__(self) -> str:
         header, rows = MergeReport.from_dict(self.report).rows()
@@ -50,7 +58,51 @@ class Inspection:
             "",
             *table([*header, "labels", "source"], [[*r, labels[r[0]], self.tasks[r[0]]["source"]] for r in rows]),
         ]
+        if self.tensors:
+            lines += ["", *table(*self._kinds()), "", *table(*self._worst())]
         return "\n".join(lines)
+
+    def _kinds(self) -> tuple[list[str], list[list[str]]]:
+        """Relative L2 error by kind of layer and task; of many tasks the mean and the worst."""
+        tasks = list(self.tasks)
+        kinds = by_kind(self.tensors)
+        errors = grid(self.tensors, kinds, tasks, lambda numbers: numbers.relative_error)
+        header = ["relative L2 error by kind of layer", "elements"]
+        rows = [[kind, f"{sum(self.tensors[name]['elements'] for name in names):,}"] for kind, names in kinds.items()]
+        if len(tasks) <= _MOST_COLUMNS:
+            found = [["" if error is None else f"{error:.3f}" for error in row] for row in errors]
+            return [*header, *tasks], [row + cells for row, cells in zip(rows, found)]
+        for row, values in zip(rows, errors):
+            known = {task: error for task, error in zip(tasks, values) if error is not None}
+            worst = max(known, key=lambda task: known[task])
+            row += [f"{sum(known.values()) / len(known):.3f}", f"{known[worst]:.3f}", worst]
+        return [*header, "mean", "highest", "task"], rows
+
+    def _worst(self) -> tuple[list[str], list[list[str]]]:
+        header = ["task", "its worst tensor", "relative L2 error", "share of its task vector"]
+        found = worst_tensors(self.tensors, list(self.tasks))
+        return header, [
+            [task, worst.tensor, f"{worst.relative_error:.3f}", f"{worst.share:.2%}"] for task, worst in found.items()
+        ]
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw two heat maps, layers by tasks: relative L2 error and sign conflict.
+
+        Args:
+            path: a `.png`, `.svg` or `.pdf` file, which is replaced if it is there.
+
+        Raises:
+            OptionError: another kind of file, or matplotlib is not installed.
+            RepoError: the repo tells nothing of single tensors, or the disk does not take the file.
+        """
+        path = check_plot(path)
+        if not self.tensors:
+            raise RepoError(
+                f"{self.repo}: its {REPORT_NAME} has no numbers by tensor, as that of an older emr_hf: merge again"
+            )
+        with writing(path):
+            plot_layers(self.tensors, list(self.tasks), path, self.repo)
+        return path
 
 
 def inspect(repo: str | Path) -> Inspection:
@@ -78,7 +130,18 @@ def inspect(repo: str | Path) -> Inspection:
         tasks=config.tasks,
         report=config.report,
         parts=parts,
+        tensors=_known_of(config, saved_tensors(repo)),
     )
+
+
+def _known_of(config: EMRConfig, saved: Tensors) -> Tensors:
+    """A saved report's numbers of the tensors and tasks that the repo has, in its order."""
+    known: Tensors = {}
+    for name in config.merged_parameters or []:
+        if name in saved:
+            own = saved[name]["tasks"]
+            known[name] = {**saved[name], "tasks": {task: own[task] for task in config.tasks if task in own}}
+    return {name: entry for name, entry in known.items() if entry["tasks"]}
 
 
 def _read(repo: str | Path) -> tuple[PreTrainedConfig, dict[str, int]]:

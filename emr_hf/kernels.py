@@ -45,6 +45,9 @@ if _library is not None:
     _library.emr_elect_scratch.argtypes = [ctypes.c_int64]
     _library.emr_elect.restype = ctypes.c_int32
     _library.emr_rebuild.restype = None
+    _library.emr_fit_tasks.restype = ctypes.c_int64
+    _library.emr_fit_vector.restype = None
+    _library.emr_two_levels.restype = None
 
 
 def available() -> bool:
@@ -117,6 +120,31 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: float, ou
         _address(out),
         _KINDS[out.dtype],
     )
+
+
+def fits(taus: Tensor) -> bool:
+    """Whether the compiled fits can take these task vectors, `(N, n)` float32."""
+    if _library is None or not takes(taus) or taus.dtype != torch.float32:
+        return False
+    return len(taus) <= int(_library.emr_fit_tasks())
+
+
+def fit_vector(taus: Tensor, rescalers: Tensor) -> Tensor:
+    """`fitting.fit_vector`, for positive rescalers."""
+    assert _library is not None
+    tau, rescalers = torch.empty_like(taus[0]), rescalers.to(torch.float32).contiguous()
+    count, tasks = ctypes.c_int64(taus.shape[1]), ctypes.c_int64(len(taus))
+    _library.emr_fit_vector(_level, count, tasks, _address(taus), _address(rescalers), _address(tau))
+    return tau
+
+
+def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`fitting.two_levels`."""
+    assert _library is not None
+    low, high = torch.empty_like(values[0]), torch.empty_like(values[0])
+    count, tasks = ctypes.c_int64(values.shape[1]), ctypes.c_int64(len(values))
+    _library.emr_two_levels(_level, count, tasks, _address(values), _address(low), _address(high))
+    return low, high
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:

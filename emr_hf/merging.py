@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -23,11 +23,13 @@ from tqdm.auto import tqdm
 
 from . import bits, distributed, election
 from .adapters.export import save_adapters
+from .bits import StoredVector
 from .checking import check
 from .configuration import EMRConfig, task_entry
 from .distributed import ALONE, Team
-from .election import Partial, Sums, TensorElection, TensorSums, torch_threads
+from .election import TAU_DTYPES, Partial, Sums, TensorElection, TensorSums, torch_threads
 from .errors import MismatchError, NonFiniteError, OptionError, one_line
+from .fitting import TensorFit
 from .heads import auto_map, wrapper_name
 from .hub import carry_files, write_repo_files
 from .plan import Plan, dtype_name
@@ -44,12 +46,17 @@ from .repo import (
     private_name,
     rescaler_name,
     same_side_files,
+    scale_name,
     tau_name,
     writing,
 )
-from .report import MergeReport, TaskReport
+from .report import MergeReport, TaskReport, TensorNumbers
 from .sources import Reference, Source
 from .threads import run_all
+
+Job = Callable[[], tuple[str, Partial]]
+"""Does a block of a merged tensor; returns the tensor's name, and what the block adds to its sums."""
+JobsOf = Callable[[str], Iterable[Job]]
 
 
 def merge(
@@ -58,7 +65,8 @@ def merge(
     out: str | Path,
     *,
     save_as: str = "model",
-    rescale: str = "global",
+    method: str = "emr",
+    rescale: str | None = None,
     tau_dtype: str = "float32",
     default_task: str | None = None,
     private: str | Sequence[str] = (),
@@ -85,7 +93,7 @@ def merge(
         save_as: `"model"`, a repo with the base in it for [`EMRMergedModel`] and the Auto classes, or `"peft"`, an
             adapter without it for `PeftModel.from_pretrained(base, out)`; of (IA)³ adapters also one ordinary adapter
             a task, in `adapters/<task>`.
-        rescale, tau_dtype, default_task, private, max_shard_size: see [`Recipe`].
+        method, rescale, tau_dtype, default_task, private, max_shard_size: see [`Recipe`].
         overwrite (*optional*): replace a merged repo at `out`.
         progress (*optional*): whether to show a progress bar; by default where stderr is a terminal. Of several
             processes the main one shows it.
@@ -100,7 +108,7 @@ def merge(
     Raises:
         EMRError: of the subclass that says what kind of input is wrong; nothing is left on disk.
     """
-    recipe = Recipe(base, finetunes, rescale, tau_dtype, default_task, private, max_shard_size)
+    recipe = Recipe(base, finetunes, rescale, tau_dtype, default_task, private, max_shard_size, method=method)
     return merge_recipe(
         recipe, out, save_as=save_as, overwrite=overwrite, progress=progress, threads=threads, device=device
     )
@@ -249,7 +257,7 @@ def _finish(plan: Plan, writer: WeightsWriter, report: MergeReport, name: str, s
         config.save_pretrained(writer.folder)
     else:
         save_adapters(writer.folder, config, _base_location(plan))
-    write_repo_files(writer.folder, config, name)
+    write_repo_files(writer.folder, config, name, report.tensors)
     if plan.repo is not None:
         carry_files(plan.repo, writer.folder)
 
@@ -268,21 +276,32 @@ def elect(
     disable = not team.is_main or (None if progress is None else not progress)
     stop = writer.folder / "stop"  # where one process has failed, the others need not go on
 
-    def share() -> dict[str, TensorSums]:
-        try:
-            return _write_merged(plan, (name for name in names if not stop.exists()), writer, bar, count, device)
-        except Exception:
-            with suppress(OSError):
-                stop.touch()
-            raise
+    def one_pass(jobs_of: JobsOf) -> dict[str, TensorSums]:
+        def share() -> dict[str, TensorSums]:
+            try:
+                jobs = (job for name in names if not stop.exists() for job in jobs_of(name))
+                return _summed(run_all(jobs, count), bar)
+            except Exception:
+                with suppress(OSError):
+                    stop.touch()
+                raise
 
-    total = sum(plan.base.infos[name].numel for name in names)
+        return {name: sums for found in team.together(share) for name, sums in found.items()}
+
+    recipe = plan.recipe
+    passes = 2 if recipe.method == "fit" else 1
+    total = passes * sum(plan.base.infos[name].numel for name in names)
     with (
         torch_threads(1),  # blocks are too small to share, and waiting for a busy core costs many times the work
         tqdm(total=total, desc="merging", unit=" elements", unit_scale=True, disable=disable) as bar,
     ):
-        shares = team.together(share)
-    return _report(plan, {name: sums for found in shares for name, sums in found.items()})
+        if recipe.method == "emr" and recipe.tau_dtype in TAU_DTYPES:
+            return _report(plan, one_pass(lambda name: _elections(plan, writer, name, device)))
+        rescalers = torch.ones(len(plan.tasks))
+        if recipe.method == "fit":
+            first = one_pass(lambda name: _elections(plan, None, name, device))
+            rescalers = torch.tensor(_rescalers(plan, first, "least_squares"))
+        return _report(plan, one_pass(lambda name: _fits(plan, writer, name, rescalers, device)))
 
 
 def _base_location(plan: Plan) -> tuple[str, str | None]:
@@ -297,15 +316,12 @@ def _base_location(plan: Plan) -> tuple[str, str | None]:
     return (str(base.folder.resolve()) if base.folder else str(base.config.name_or_path or base.name)), None
 
 
-def _write_merged(
-    plan: Plan, names: Iterable[str], writer: WeightsWriter, bar: tqdm, threads: int, device: torch.device | str
-) -> dict[str, TensorSums]:
-    """Elect merged tensors into the files; returns the sums of each."""
-    jobs = (job for name in names for job in _jobs(plan, writer, name, device))
+def _summed(results: Iterable[tuple[str, Partial]], bar: tqdm) -> dict[str, TensorSums]:
+    """The sums of each tensor, whose blocks follow each other."""
     found = {}
-    for name, results in groupby(run_all(jobs, threads), key=itemgetter(0)):
+    for name, blocks in groupby(results, key=itemgetter(0)):
         parts = []
-        for _, part in results:
+        for _, part in blocks:
             parts.append(part)
             bar.update(part.numel)
         found[name] = TensorSums.total(parts)
@@ -328,30 +344,67 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _jobs(
-    plan: Plan, writer: WeightsWriter, name: str, device: torch.device | str
-) -> Iterator[Callable[[], tuple[str, Partial]]]:
-    """The blocks of a merged tensor, each to be elected into the files; a job returns the name and its sums."""
+def _inputs(plan: Plan, name: str) -> tuple[Tensor, list[Tensor | StoredVector]]:
+    """A merged tensor's base and finetunes."""
     # Task vectors are differences from the base as it is stored: what they are added to again.
     base = plan.base.read(name).to(plan.stored_dtype(name))
-    tensor = TensorElection(base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()], device)
-    tau_dtype = writer.dtype_of(tau_name(name))
-    mask_names = [mask_name(key, name) for key in plan.task_keys.values()]
+    return base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
+
+
+@contextmanager
+def _naming(plan: Plan, name: str) -> Iterator[None]:
+    """Let an error say where the number is."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise error.located(name, plan.base.infos[name].shape, ["base", *plan.tasks][error.source + 1]) from None
+
+
+def _elections(plan: Plan, writer: WeightsWriter | None, name: str, device: torch.device | str) -> Iterator[Job]:
+    """The blocks of a merged tensor, each to be elected, into the files if there are any."""
+    base, finetunes = _inputs(plan, name)
+    tensor = TensorElection(base, finetunes, device)
+    tau_dtype = TAU_DTYPES[plan.recipe.tau_dtype] if writer is not None else torch.float32
 
     def job(block: slice) -> tuple[str, Partial]:
-        tau, masks = _scratch.take(block.stop - block.start, tau_dtype, len(mask_names))
-        try:
+        tau, masks = _scratch.take(block.stop - block.start, tau_dtype, len(finetunes))
+        with _naming(plan, name):
             part = tensor.run(block, tau, masks)
-        except NonFiniteError as error:
-            raise error.located(name, base.shape, ["base", *plan.tasks][error.source + 1]) from None
-        writer.write(tau_name(name), tau, block.start)
-        for stored, mask in zip(mask_names, masks):
-            writer.write(stored, mask, block.start // 8)
-        if plan.save_as == "model":
-            writer.write(model_name(name), tensor.base[block], block.start)
+        if writer is not None:
+            writer.write(tau_name(name), tau, block.start)
+            _write_block(plan, writer, name, tensor.base[block], masks, block.start)
         return name, part
 
     return (partial(job, block) for block in tensor.blocks())
+
+
+def _fits(
+    plan: Plan, writer: WeightsWriter, name: str, rescalers: Tensor, device: torch.device | str
+) -> Iterator[Job]:
+    """The blocks of a merged tensor, each to be fitted into the files."""
+    tensor = TensorFit(*_inputs(plan, name), plan.recipe.method, plan.recipe.tau_dtype, rescalers, device)
+
+    def job(block: slice) -> tuple[str, Partial]:
+        with _naming(plan, name):
+            fitted = tensor.run(block)
+        if fitted.scales is None:
+            writer.write(tau_name(name), fitted.tau, block.start)
+        else:
+            writer.write(tau_name(name), fitted.tau, tensor.code_bytes(block.start))
+            writer.write(scale_name(name), fitted.scales, tensor.row(block.start))
+        _write_block(plan, writer, name, fitted.base, fitted.masks, block.start)
+        return name, fitted.partial
+
+    return (partial(job, block) for block in tensor.blocks())
+
+
+def _write_block(
+    plan: Plan, writer: WeightsWriter, name: str, base: Tensor, masks: Sequence[Tensor], start: int
+) -> None:
+    for key, mask in zip(plan.task_keys.values(), masks):
+        writer.write(mask_name(key, name), mask, start // 8)
+    if plan.save_as == "model":
+        writer.write(model_name(name), base, start)
 
 
 def _write_private(plan: Plan, writer: WeightsWriter) -> None:
@@ -370,17 +423,25 @@ def _write_kept(plan: Plan, writer: WeightsWriter) -> None:
             writer.write(model_name(name), plan.base.read(name))
 
 
+def _rescalers(plan: Plan, found: Mapping[str, TensorSums], mode: str) -> list[float]:
+    """Every task's, from the sums of all merged tensors."""
+    tensors = [found[name].tasks for name in plan.merged]
+    return [election.rescaler(parts, mode) for parts in zip(*tensors)]
+
+
 def _report(plan: Plan, found: Mapping[str, TensorSums]) -> MergeReport:
     """What the sums of all merged tensors tell."""
     tensors = [found[name] for name in plan.merged]
     sums = {task: [tensor.tasks[index] for tensor in tensors] for index, task in enumerate(plan.tasks)}
     square = math.fsum(tensor.square for tensor in tensors)
     rounding = math.fsum(tensor.square_rounding for tensor in tensors)
+    rescalers = _rescalers(plan, found, str(plan.recipe.rescale))
     report = MergeReport(
         base=plan.base.source.name,
         base_revision=plan.base.source.revision,
         architecture=plan.architecture,
-        rescale=plan.recipe.rescale,
+        rescale=str(plan.recipe.rescale),
+        method=plan.recipe.method,
         tau_dtype=plan.recipe.tau_dtype,
         tau_rounding=(rounding / square) ** 0.5 if square else 0.0,
         merged_tensors=len(plan.merged),
@@ -391,9 +452,8 @@ def _report(plan: Plan, found: Mapping[str, TensorSums]) -> MergeReport:
         seconds=0.0,
         warnings=list(plan.warnings),
     )
-    for task, checkpoint in plan.finetunes.items():
+    for (task, checkpoint), rescaler in zip(plan.finetunes.items(), rescalers):
         total = Sums.total(sums[task])
-        rescaler = election.rescaler(sums[task], plan.recipe.rescale)
         report.tasks[task] = TaskReport(
             rescaler=rescaler,
             density=total.density,
@@ -407,8 +467,21 @@ def _report(plan: Plan, found: Mapping[str, TensorSums]) -> MergeReport:
             nbytes=checkpoint.nbytes,
             adapter=checkpoint.source.adapter is not None,
         )
+    for name, tensor in zip(plan.merged, tensors):
+        rows = zip(report.tasks.items(), tensor.tasks)
+        report.tensors[name] = {
+            "elements": plan.base.infos[name].numel,
+            "tasks": {task: _numbers(own, numbers.rescaler) for (task, numbers), own in rows},
+        }
     report.warnings += _suspicious(plan, {task: Sums.total(parts) for task, parts in sums.items()})
     return report
+
+
+def _numbers(sums: Sums, rescaler: float) -> list[float]:
+    """What a report says of one task in one tensor, in six digits."""
+    values = sums.relative_error(rescaler), sums.cosine, sums.sign_conflict, sums.square_tau**0.5
+    error, cosine, conflict, length = (float(f"{value:.6g}") for value in values)
+    return list(TensorNumbers(error, cosine, conflict, length, sums.nonzero))
 
 
 def _suspicious(plan: Plan, totals: Mapping[str, Sums]) -> list[str]:
@@ -423,7 +496,7 @@ def _suspicious(plan: Plan, totals: Mapping[str, Sums]) -> list[str]:
         if total.nonzero and fingerprint in seen and f"{task}: is the same checkpoint" not in known:
             warnings.append(f"{task}: its merged tensors are those of {seen[fingerprint]}")
         seen.setdefault(fingerprint, task)
-    return warnings + _dominating(totals)
+    return warnings + _dominating(totals) + _near_duplicates(plan, totals)
 
 
 def _dominating(totals: Mapping[str, Sums], times: float = 4.0) -> list[str]:
@@ -440,6 +513,48 @@ def _dominating(totals: Mapping[str, Sums], times: float = 4.0) -> list[str]:
         f"{longest}: its task vector is {lengths[longest] / median:.1f} times as long as the others' median; "
         "it wins most elections and the other tasks lose accuracy"
     ]
+
+
+def _near_duplicates(plan: Plan, totals: Mapping[str, Sums], least: float = 0.95) -> list[str]:
+    """Two finetunes of nearly one direction outvote the others; the sums of each by itself do not tell them."""
+    cosines = _sampled_cosines(plan)
+    warnings = []
+    for index, task in enumerate(plan.tasks):
+        for other, cosine in zip(plan.tasks[:index], cosines[index].tolist()):
+            if cosine > least and vars(totals[task]) != vars(totals[other]):  # else a warning says that they are equal
+                warnings.append(
+                    f"{other} and {task}: nearly the same finetune (cosine {cosine:.3f} of their task vectors over a "
+                    "sample): merge one of them"
+                )
+                break
+    return warnings
+
+
+def _sampled_cosines(plan: Plan, tensors: int = 8, elements: int = election.UNIT) -> Tensor:
+    """`(N, N)` float64 cosines of the task vectors over the middle of a few tensors, spread over the model."""
+    matrices = [name for name in plan.merged if len(plan.base.infos[name].shape) > 1] or plan.merged
+    count = min(tensors, len(matrices))
+    gram = torch.zeros(len(plan.tasks), len(plan.tasks), dtype=torch.float64)
+    for name in (matrices[(2 * place + 1) * len(matrices) // (2 * count)] for place in range(count)):
+        numel = plan.base.infos[name].numel
+        start = max(numel - elements, 0) // 2 // 8 * 8
+        where = slice(start, min(start + elements, numel))
+        base = plan.base.read(name).reshape(-1)[where].to("cpu", plan.stored_dtype(name))
+        gram += _products(base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()], where)
+    lengths = gram.diagonal().sqrt()
+    return gram / (lengths[:, None] * lengths).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _products(base: Tensor, given: Sequence[Tensor | StoredVector], where: slice) -> Tensor:
+    """`(N, N)` float64 inner products of the task vectors, of some elements of a tensor."""
+    parts = [
+        values[where]
+        if isinstance(values, StoredVector)
+        else election.task_vector(values.reshape(-1)[where].cpu(), base)
+        for values in given
+    ]
+    taus = torch.stack(parts).to(torch.float64)  # (N, elements)
+    return taus @ taus.T
 
 
 def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
@@ -479,8 +594,9 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
         merged_parameters=plan.merged,
         vectors=plan.vectors,
         tau_dtype=plan.recipe.tau_dtype,
+        method=plan.recipe.method,
         recipe=plan.recipe.published(report.base, {task: numbers.source for task, numbers in report.tasks.items()}),
-        report=asdict(report),
+        report=report.without_tensors(),
         dtype=plan.dtype,
         architectures=[wrapper],
         auto_map=auto_map(wrapper),  # type: ignore[call-arg]

@@ -85,6 +85,8 @@ def _name_of(value: object, row: int, config: Any) -> str:
         )
     if value != BASE:
         config.entry(value)
+    elif config.method == "levels":
+        raise OptionError(f"emr_task, row {row}: this repo holds two levels for each weight and no base to run")
     return str(value)
 
 

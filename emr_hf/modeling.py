@@ -20,7 +20,7 @@ from .checkpoint import model_class_of
 from .configuration import EMRConfig
 from .errors import EMRError, MismatchError, OffloadedError, OptionError
 from .heads import architectures_of, auto_map, auto_name, wrapper_name
-from .hub import push_folder, push_model, write_repo_files
+from .hub import push_folder, push_model, saved_tensors, write_repo_files
 from .repo import copy_side_files, side_files_of
 from .signature import DelegatedSignature
 from .switching import Switch, owners_of
@@ -198,7 +198,8 @@ class EMRMergedModel(PreTrainedModel):
         with self._as_saved():
             # Names in memory are the names on disk: the bank's tensors have no other form.
             super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
-            write_repo_files(folder, self.config, folder.name)
+            known = saved_tensors(str(self.config.name_or_path), getattr(self.config, "_commit_hash", None))
+            write_repo_files(folder, self.config, folder.name, known)
         self._keep_tokenizers(folder)
         if push_to_hub:
             push_folder(folder, **{"repo_id": folder.name, **hub_options})

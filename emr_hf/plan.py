@@ -103,7 +103,8 @@ class Plan:
         merged = sum(self.base.infos[name].numel for name in self.merged)
         lines = [
             f"{self.architecture}, {len(self.finetunes)} tasks on {self.base.source.name}",
-            f"merge    {len(self.merged)} tensors, {merged:,} elements, rescale={self.recipe.rescale}, "
+            f"merge    {len(self.merged)} tensors, {merged:,} elements, method={self.recipe.method}, "
+            f"rescale={self.recipe.rescale}, "
             f"tau in {self.recipe.tau_dtype}, base in {dtype_name(self.dtype)}",
         ]
         if self.vectors is not None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from .election import RESCALERS, TAU_DTYPES
-from .errors import OptionError, RecipeError, nearest
+from .election import TAU_DTYPES
+from .errors import OptionError, RecipeError, check_choice, nearest
+from .fitting import check_method
+from .lowbit import BITS
 from .repo import parse_size
 from .sources import Reference
 
@@ -31,9 +33,14 @@ class Recipe:
             that the adapters name, or for full checkpoints that share none, such as aligned models, a stand-in: of two
             the first, of more their median, with BatchNorm the first.
         finetunes: task -> finetune, each as `base`, or a PEFT adapter. In YAML the field is called `tasks`.
-        rescale (*optional*, defaults to `"global"`): `"global"` (the paper's) or `"tensor_mean"`.
-        tau_dtype (*optional*, defaults to `"float32"`): what the unified vector is stored in; `"bfloat16"` and
-            `"float16"` halve it, the report says what they cost.
+        method (*optional*, defaults to `"emr"`): how vector and masks come about, see docs/methods.md: `"emr"`, the
+            paper's election; `"fit"`, the vector and masks of least squared error; `"levels"`, two values for each
+            weight, of which the nearer to the base takes the base's place in the repo.
+        rescale (*optional*): `"global"` (the paper's, and the default of `"emr"` and `"fit"`), `"tensor_mean"`,
+            `"least_squares"` or `"none"`, which is all that `"levels"` has.
+        tau_dtype (*optional*, defaults to `"float32"`): what the unified vector is stored in: `"bfloat16"` and
+            `"float16"` halve it, `"int8"`, `"int4"` and `"int2"` take so many bits an element and a scale for each
+            row. The report says what they cost.
         default_task (*optional*): active after loading; the first one by default.
         private (*optional*): regular expressions; parameters they match are not merged but kept for each task.
         max_shard_size (*optional*, defaults to `"5GB"`): of one file of the repo.
@@ -49,23 +56,24 @@ class Recipe:
 
     base: Reference | None
     finetunes: Mapping[str, Reference]
-    rescale: str = "global"
+    rescale: str | None = None
     tau_dtype: str = "float32"
     default_task: str | None = None
     private: str | Sequence[str] = ()
     max_shard_size: str | int = "5GB"
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
     align: Mapping[str, Any] | None = None
+    method: str = "emr"
 
     def __post_init__(self) -> None:
         if not isinstance(self.finetunes, Mapping) or not self.finetunes:
             raise OptionError(f"expected a mapping of tasks to finetunes, with at least one, got {self.finetunes!r}")
         for task in self.finetunes:
             _check_task_name(task)
-        _check_choice("rescale", self.rescale, RESCALERS)
-        _check_choice("tau_dtype", self.tau_dtype, TAU_DTYPES)
+        object.__setattr__(self, "rescale", check_method(self.method, self.rescale))
+        check_choice("tau_dtype", self.tau_dtype, [*TAU_DTYPES, *BITS])
         if self.default_task is not None:
-            _check_choice("default_task", self.default_task, self.finetunes)
+            check_choice("default_task", self.default_task, self.finetunes)
         object.__setattr__(self, "private", patterns(self.private))
         parse_size(self.max_shard_size)
         _check_labels(self.labels, self.finetunes)
@@ -110,7 +118,7 @@ class Recipe:
             base: name of the base.
             tasks: task -> name of its finetune.
         """
-        content: dict[str, Any] = {"base": base, "tasks": dict(tasks), "rescale": self.rescale}
+        content: dict[str, Any] = {"base": base, "tasks": dict(tasks), "rescale": self.rescale, "method": self.method}
         for name in ("tau_dtype", "default_task", "private"):
             if value := getattr(self, name):
                 content[name] = list(value) if name == "private" else value
@@ -128,16 +136,11 @@ def _check_task_name(task: object) -> None:
         raise OptionError(f"illegal task name {task!r}: in a mixed batch it stands for the base itself")
 
 
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise OptionError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}")
-
-
 def _check_labels(labels: object, tasks: Mapping[str, Any]) -> None:
     if not isinstance(labels, Mapping):
         raise OptionError(f"labels={labels!r}: expected a mapping of tasks to lists of names")
     for task, names in labels.items():
-        _check_choice("labels", task, tasks)
+        check_choice("labels", task, tasks)
         right = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names)
         if not right or not names:
             raise OptionError(f"labels: {task}: expected a list of names, got {names!r}")

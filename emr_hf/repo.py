@@ -27,7 +27,7 @@ from transformers.utils import (
 from .errors import CheckpointError, OptionError, RepoError, one_line
 from .storage import Storage, TensorInfo, open_adapter, open_folder, reserve
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MODEL_TYPE = "emr_merged"
 PEFT_TYPE = "EMR"
 LAYOUTS = ("model", "peft")
@@ -101,6 +101,11 @@ def tau_name(name: str) -> str:
     return f"emr.tau.{flat_name(name)}"
 
 
+def scale_name(name: str) -> str:
+    """Where the scales of its rows stand, if the vector is in codes."""
+    return f"emr.scale.{flat_name(name)}"
+
+
 def mask_name(key: str, name: str) -> str:
     """Where a task's mask of it stands."""
     return f"emr.mask.{key}.{flat_name(name)}"
@@ -126,7 +131,7 @@ def stored_name(name: str, layout: str) -> str:
     return name if layout == "model" else _PEFT_PREFIX + name.removeprefix("emr.")
 
 
-PARTS = ("base", "tau", "mask", "private", "rescaler")
+PARTS = ("base", "tau", "scale", "mask", "private", "rescaler")
 
 
 def part_of(name: str) -> str:

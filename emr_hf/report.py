@@ -3,10 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
+
+
+class TensorNumbers(NamedTuple):
+    """One task's numbers in one merged tensor; each of the first three as in [`TaskReport`].
+
+    Attributes:
+        relative_error: ||tau_t - lambda M tau|| / ||tau_t||.
+        cosine: between tau_t and M tau.
+        sign_conflict: share of the moved elements whose direction lost the election.
+        length: ||tau_t||.
+        moved: elements that the finetune moved.
+    """
+
+    relative_error: float
+    cosine: float
+    sign_conflict: float
+    length: float
+    moved: float
+
+
+class TensorEntry(TypedDict):
+    """What a report says of one merged tensor.
+
+    Attributes:
+        elements: how many it has.
+        tasks: task -> the values of its [`TensorNumbers`].
+    """
+
+    elements: int
+    tasks: dict[str, list[float]]
+
+
+Tensors = dict[str, TensorEntry]
+"""Name of a merged tensor -> what is known of it."""
 
 
 @dataclass
@@ -51,6 +87,7 @@ class MergeReport:
         base: Hub id, folder or class name of the base.
         architecture: class of the wrapped model.
         rescale: the rescaler's mode.
+        method: how vector and masks came about.
         tau_dtype: what the unified vector is stored in.
         tau_rounding: relative L2 change of the unified vector by that dtype; 0 for float32.
         merged_tensors, merged_elements: how much was merged.
@@ -60,6 +97,7 @@ class MergeReport:
         seconds: wall time.
         tasks: task -> its numbers.
         warnings: what the user should know.
+        tensors: name of a merged tensor -> its [`TensorEntry`]. In `emr_report.json`, not in the repo's configuration.
     """
 
     base: str
@@ -74,12 +112,27 @@ class MergeReport:
     bytes_finetunes: int
     seconds: float
     bytes_modulators: int = 0
+    method: str = "emr"
     tasks: dict[str, TaskReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    tensors: Tensors = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(to_json(asdict(self)) + "\n", encoding="utf-8")
+
+    def without_tensors(self) -> dict[str, Any]:
+        """What stands in the repo's configuration."""
+        content = asdict(replace(self, tensors={}))
+        del content["tensors"]
+        return content
+
+    def keep_tensors(self, known: Tensors) -> None:
+        """Take over, of the tasks that the report is of, what was known of each tensor."""
+        for name, entry in known.items():
+            kept = {task: entry["tasks"][task] for task in self.tasks if task in entry["tasks"]}
+            if kept:
+                self.tensors.setdefault(name, {"elements": entry["elements"], "tasks": {}})["tasks"].update(kept)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> MergeReport:
@@ -139,6 +192,19 @@ class MergeReport:
         if self.bytes_modulators > self.bytes_finetunes:
             return f"{text}. The {len(self.tasks)} adapters by themselves are SMALLER: {theirs}."
         return f"{text}, the {len(self.tasks)} adapters by themselves {theirs}."
+
+
+def read_tensors(path: Path) -> Tensors:
+    """`tensors` of a saved report; empty where there is none, or an older one that does not have it."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads(path.read_text(encoding="utf-8")).get("tensors", {})
+    return {}
+
+
+def to_json(content: object) -> str:
+    """Indented JSON, but each list of numbers on one line."""
+    text = json.dumps(content, indent=2, allow_nan=False)
+    return re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
 
 
 def human(size: float) -> str:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from . import bits
 from .bank import EMRBank
 from .configuration import EMRConfig
-from .election import TAU_DTYPES
+from .lowbit import Codes
 from .ready import ReadyTasks, Weights
 from .recipe import BASE
 from .sites import Site, install, site_of
@@ -52,7 +52,7 @@ class Switch:
         self.private_names = [n for owners in same.values() for n in owners]
         shapes = {name: self.shape_of(name) for name in self.sites}
         private = {entry["key"]: _private_spec(entry["private"]) for entry in config.tasks.values()}
-        self.bank = EMRBank(shapes, TAU_DTYPES[config.tau_dtype], private)
+        self.bank = EMRBank(shapes, config.tau_dtype, private)
         self.mapped = mapped
         self._elements = sum(shape.numel() for shape in shapes.values())
         self._at_base: set[str] = set()  # parameters that hold the base's values
@@ -130,18 +130,18 @@ class Switch:
         bank = self.bank
         base, tau, packed, rescaler = (
             bank.base.get(name),
-            bank.tau.get(name),
+            bank.vector(name),
             bank.mask_of(key, name),
             bank.rescaler.get(key),
         )
         if self._threads() == 1 or out.device.type != "cpu" or not out.is_contiguous() or out.numel() < 2 * _PIECE:
             return [partial(bits.rebuild, base, tau, packed, rescaler, out)]
-        flat = [tensor.detach().reshape(-1) for tensor in (base, tau, out)]
+        flat_base, flat_out = base.detach().reshape(-1), out.detach().reshape(-1)
+        flat_tau = tau if isinstance(tau, Codes) else tau.detach().reshape(-1)
         jobs: list[Callable[[], object]] = []
         for start in range(0, out.numel(), _PIECE):
             piece = slice(start, min(start + _PIECE, out.numel()))
-            bits_of = packed[start // 8 : bits.packed_size(piece.stop)]
-            jobs.append(partial(bits.rebuild, flat[0][piece], flat[1][piece], bits_of, rescaler, flat[2][piece]))
+            jobs.append(partial(bits.rebuild_part, flat_base, flat_tau, packed, rescaler, flat_out, piece))
         return jobs
 
     def _threads(self) -> int:

@@ -10,8 +10,8 @@ from cache import build_once, cache_root
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from registry import MINILM, fetch
 from text import make_exam, train_classifier, training_settings
-from text_data import TASKS, TextTask
-from training import Workbench
+from text_data import ALL_TASKS, TASKS, TextTask
+from training import SEED, Workbench, seeded
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 
@@ -58,25 +58,33 @@ KINDS = {
                 "reuters": _lora(16),
                 "tweets": _lora(4),
                 "polarity": _lora(4),
+                "bbc": _lora(4),
+                "hedging": _lora(4),
+                "spam": _lora(4),
+                "supersense": _lora(16),
             },
         ),
-        Kind("ia3", learning_rate=1e-2, epochs=3, settings=dict.fromkeys(TASKS, _IA3)),
+        Kind("ia3", learning_rate=1e-2, epochs=3, settings=dict.fromkeys(ALL_TASKS, _IA3)),
     )
 }
 """LoRA of two ranks, and (IA)³."""
 
 
-def adapters_folder(kind: Kind, quick: bool = False) -> Path:
+def adapters_folder(kind: Kind, quick: bool = False, seed: int = SEED) -> Path:
     """Return the folder with one adapter per task."""
-    return cache_root() / "models" / ("adapters-quick" if quick else "adapters") / kind.name
+    return cache_root() / "models" / seeded("adapters-quick" if quick else "adapters", seed) / kind.name
 
 
-def train_adapter(kind: Kind, task: TextTask, quick: bool = False) -> Path:
+def adapter_settings(kind: Kind, task: TextTask, quick: bool = False, seed: int = SEED) -> dict[str, Any]:
+    """Return everything the adapter depends on, as JSON values."""
+    changes = {"epochs": kind.epochs, "learning_rate": kind.learning_rate, "seed": seed}
+    return training_settings(task, quick, adapter={"kind": kind.name, **kind.settings[task.name]}, **changes)
+
+
+def train_adapter(kind: Kind, task: TextTask, quick: bool = False, seed: int = SEED) -> Path:
     """Return the folder of the adapter trained on `task`, training it the first time."""
-    changes = {"epochs": kind.epochs, "learning_rate": kind.learning_rate}
-    adapter = {"kind": kind.name, **kind.settings[task.name]}
-    settings = training_settings(task, quick, adapter=adapter, **changes)
-    folder = adapters_folder(kind, quick) / task.name
+    settings = adapter_settings(kind, task, quick, seed)
+    folder = adapters_folder(kind, quick, seed) / task.name
     return build_once(folder, settings, lambda fresh: _train(kind, task, settings, fresh))
 
 

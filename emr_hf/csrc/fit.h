@@ -1,0 +1,89 @@
+// Included by kernels.cpp once for each instruction set, each time into a namespace of its own: the loops of fitting.py,
+// which defines them. Of each element every set of tasks is tried that a threshold can cut off; the tasks' own values
+// are the thresholds.
+
+namespace EMR_BODY {
+namespace {
+
+constexpr int64_t MOST_TASKS = 64;  // more are left to torch
+
+// Neighbouring elements that are worked on together; what a comparison gives is all bits or none.
+constexpr int64_t LANES = 8;
+
+inline f8 only(i8 chosen, f8 values) { return (f8)(chosen & (i8)values); }
+inline f8 choose(i8 chosen, f8 yes, f8 no) { return (f8)((chosen & (i8)yes) | (~chosen & (i8)no)); }
+
+// Elements from `start` on of a row; zeros behind the last.
+inline f8 load(const float *row, int64_t start, int64_t count) {
+    f8 lanes = {};
+    const int64_t left = count - start;
+    std::memcpy(&lanes, row + start, (left < LANES ? left : LANES) * sizeof(float));
+    return lanes;
+}
+
+inline void store(float *row, int64_t start, int64_t count, f8 lanes) {
+    const int64_t left = count - start;
+    std::memcpy(row + start, &lanes, (left < LANES ? left : LANES) * sizeof(float));
+}
+
+// `fitting.fit_vector`. taus: (tasks, count), rescalers: (tasks,), all positive; out: (count,).
+void fit_vector(int64_t count, int64_t tasks, const float *taus, const float *rescalers, float *out) {
+    f8 z[MOST_TASKS], weighted[MOST_TASKS], weights[MOST_TASKS];
+    const f8 zero = {};
+    for (int64_t t = 0; t < tasks; t++) weights[t] = zero + rescalers[t] * rescalers[t];
+    for (int64_t start = 0; start < count; start += LANES) {
+        for (int64_t t = 0; t < tasks; t++) {
+            const f8 tau = load(taus + t * count, start, count);
+            z[t] = tau / rescalers[t];
+            weighted[t] = tau * rescalers[t];
+        }
+        f8 best = zero, explained = zero;
+        for (int64_t j = 0; j < tasks; j++) {
+            const i8 flip = ~(z[j] > zero) & INT32_MIN;  // the sign bit, where the threshold is not positive
+            const f8 threshold = (f8)((i8)z[j] ^ flip);
+            f8 above = zero, below = zero;
+            for (int64_t t = 0; t < tasks; t++) {
+                const i8 inside = (f8)((i8)z[t] ^ flip) >= threshold;
+                above += only(inside, weighted[t]);
+                below += only(inside, weights[t]);
+            }
+            const f8 gain = above * above / below;
+            const i8 better = (gain > explained) & (z[j] != zero);
+            best = choose(better, above / below, best);
+            explained = choose(better, gain, explained);
+        }
+        store(out, start, count, best);
+    }
+}
+
+// `fitting.two_levels`. values: (tasks, count); low and high: (count,).
+void two_levels(int64_t count, int64_t tasks, const float *values, float *low, float *high) {
+    f8 x[MOST_TASKS];
+    const f8 zero = {}, one = zero + 1.0f, all = zero + (float)tasks;
+    for (int64_t start = 0; start < count; start += LANES) {
+        for (int64_t t = 0; t < tasks; t++) x[t] = load(values + t * count, start, count);
+        f8 best_low = x[0], best_high = x[0], explained = zero;
+        for (int64_t j = 0; j < tasks; j++) {
+            f8 above = zero, below = zero, members = zero;
+            for (int64_t t = 0; t < tasks; t++) {
+                const i8 inside = x[t] >= x[j];
+                above += only(inside, x[t]);
+                below += only(~inside, x[t]);
+                members += only(inside, one);
+            }
+            const f8 others = all - members;
+            const f8 upper = above / members, lower = below / choose(others > zero, others, one);
+            const f8 gap = upper - lower;
+            const f8 between = gap * gap * (members * others);
+            const i8 better = between > explained;
+            best_low = choose(better, lower, best_low);
+            best_high = choose(better, upper, best_high);
+            explained = choose(better, between, explained);
+        }
+        store(low, start, count, best_low);
+        store(high, start, count, best_high);
+    }
+}
+
+}  // namespace
+}  // namespace EMR_BODY

@@ -1,0 +1,233 @@
+"""Least-squares fits of finetunes, in the container of EMR-Merging: a vector, one bit per weight and task, scalars.
+
+Symbols as in `emr_hf.election`. Both fits are exact for each element by itself: of N numbers in order, what falls on
+one side of a threshold is one of N prefixes, and each prefix has its best level in closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import bits, kernels, lowbit
+from .bits import StoredVector
+from .election import BLOCK, RESCALERS, TAU_DTYPES, Partial, TaskVector, elect, finite_task_vectors, mask
+from .errors import OptionError, check_choice
+
+METHODS = ("emr", "fit", "levels")
+"""EMR-Merging's election; least-squares vector and masks; two levels for each weight, for base and vector."""
+
+
+def check_method(method: str, rescale: str | None) -> str:
+    """The rescaler of a method: the one that is asked for, or where none is the method's own.
+
+    Raises:
+        OptionError: either is unknown, or they do not go together.
+    """
+    check_choice("method", method, METHODS)
+    if rescale is None:
+        return "none" if method == "levels" else "global"
+    check_choice("rescale", rescale, RESCALERS)
+    if method == "levels" and rescale != "none":
+        raise OptionError(f"rescale={rescale!r}: method='levels' has none, as its levels are the weights themselves")
+    return rescale
+
+
+def fit_vector(taus: Tensor, rescalers: Tensor) -> Tensor:
+    """The vector that minimises `sum_t (tau_t - lambda_t M_t tau)^2`, for given rescalers and the best masks.
+
+    With `z_t = tau_t / lambda_t` the best mask of a given vector is `z_t / tau > 1/2`, so the tasks in it are those
+    with the largest z, or with the smallest. A set S of tasks has its optimum at
+    `tau = sum_S lambda_t tau_t / sum_S lambda_t^2`, which explains `(sum_S lambda_t tau_t)^2 / sum_S lambda_t^2` of
+    the squares: that is tried for every set.
+
+    Args:
+        taus: `(N, n)` float32 task vectors, finite.
+        rescalers: `(N,)` float32, not negative; a task of rescaler 0 is left out.
+
+    Returns:
+        `(n,)` float32.
+    """
+    given = rescalers > 0
+    if not given.any():
+        return torch.zeros_like(taus[0])
+    if not given.all():
+        taus, rescalers = taus[given], rescalers[given]
+    if kernels.fits(taus):
+        return kernels.fit_vector(taus, rescalers)
+    z, weighted, weights = taus / rescalers[:, None], taus * rescalers[:, None], rescalers.square()
+    best, explained = torch.zeros_like(z[0]), torch.zeros_like(z[0])
+    for threshold in z:
+        above, below = torch.zeros_like(best), torch.zeros_like(best)
+        sides = torch.where(threshold > 0, z, -z) >= threshold.abs()
+        for inside, value, weight in zip(sides, weighted, weights):
+            above += torch.where(inside, value, 0)
+            below += torch.where(inside, weight, 0)
+        gain = above * above / below
+        better = (gain > explained) & (threshold != 0)
+        best = torch.where(better, above / below, best)
+        explained = torch.where(better, gain, explained)
+    return best
+
+
+def fitted_mask(taus: Tensor, tau: Tensor, rescalers: Tensor) -> Tensor:
+    """M_t = [lambda_t tau is nearer to tau_t than 0 is], bool, `(N, n)`."""
+    half = tau.abs() * rescalers[:, None] / 2
+    return (taus * tau.sign() > half) & (half > 0)
+
+
+def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The two numbers nearest to N, by 1-D two-means: they minimise `sum_t min((x_t - low)^2, (x_t - high)^2)`.
+
+    Args:
+        values: `(N, n)` float32, finite.
+
+    Returns:
+        low and high, `(n,)` float32 each; equal where all N numbers are, and the two numbers themselves of two.
+    """
+    if kernels.fits(values):
+        return kernels.two_levels(values)
+    best_low, best_high, explained = values[0], values[0], torch.zeros_like(values[0])
+    for threshold in values:
+        above, below, members = (torch.zeros_like(threshold) for _ in range(3))
+        for value in values:
+            inside = value >= threshold
+            above += torch.where(inside, value, 0)
+            below += torch.where(inside, 0, value)
+            members += inside
+        others = len(values) - members
+        high, low = above / members, below / others.clamp_min(1)
+        gap = high - low
+        between = gap * gap * (members * others)
+        better = between > explained
+        best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
+        explained = torch.where(better, between, explained)
+    return best_low, best_high
+
+
+@dataclass
+class Fitted:
+    """What is stored of some elements of a tensor.
+
+    Attributes:
+        base: in the dtype of the repo's base; with `"levels"` the level nearest to it.
+        tau: the vector, in its dtype, or codes of it.
+        scales: of the codes' rows; `None` where there are no codes.
+        masks: N packed masks.
+        partial: the sums.
+    """
+
+    base: Tensor
+    tau: Tensor
+    scales: Tensor | None
+    masks: list[Tensor]
+    partial: Partial
+
+
+@dataclass
+class TensorFit:
+    """The vector and masks of one tensor by one of `METHODS`, a block of rows at a time, in any order, by any thread.
+
+    Attributes:
+        base: any shape and float dtype, as it is stored in the repo.
+        finetunes: N tensors of the base's shape, or what a merge has kept of one.
+        method: one of `METHODS`.
+        tau_dtype: what the vector is stored in.
+        rescalers: `(N,)` float32, what the `"fit"` starts from.
+        device: where the work is done.
+    """
+
+    base: Tensor
+    finetunes: Sequence[Tensor | StoredVector]
+    method: str
+    tau_dtype: str
+    rescalers: Tensor
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.shape = self.base.shape
+        self.bits = lowbit.BITS[self.tau_dtype] if lowbit.is_packed(self.tau_dtype, self.shape) else None
+        self.base = self.base.reshape(-1)
+        self.finetunes = [given if isinstance(given, StoredVector) else given.reshape(-1) for given in self.finetunes]
+
+    def blocks(self) -> list[slice]:
+        """Pieces of the flat tensor, whole rows where the vector is in codes; one of no elements if it is empty."""
+        numel = self.base.numel()
+        step = max(BLOCK // len(self.finetunes) // 8, 1) * 8
+        if self.bits is not None and numel:
+            columns = numel // self.shape[0]
+            step = max(step // columns // 8, 1) * 8 * columns
+        return [slice(start, min(start + step, numel)) for start in range(0, max(numel, 1), step)]
+
+    def code_bytes(self, start: int) -> int:
+        """Where the codes of the elements from `start` on begin."""
+        return start * (self.bits or 0) // 8
+
+    def row(self, start: int) -> int:
+        """The row that begins at an element."""
+        return start * self.shape[0] // max(self.base.numel(), 1)
+
+    def run(self, block: slice) -> Fitted:
+        """Fit one of the blocks.
+
+        Raises:
+            NonFiniteError, OptionError: as `election.elect_block`.
+        """
+        base = self.base[block].to(self.device)
+        given = [TaskVector(one[block]) if isinstance(one, StoredVector) else one[block] for one in self.finetunes]
+        taus = finite_task_vectors(base, given, block.start, self.device)
+        start, deviations, exact = self._solve(base, taus)
+        tau, scales, used = self._stored(exact)
+        masks = self._masks(deviations, used)
+        rebuilt = masks * used + (start.to(torch.float32) - base.to(torch.float32))
+        partial = _sums(taus, rebuilt, masks, exact, used)
+        return Fitted(start, tau, scales, [bits.pack(one) for one in masks], partial)
+
+    def _solve(self, base: Tensor, taus: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the vector is added to, the finetunes' deviations from that, and the vector."""
+        if self.method == "emr":
+            return base, taus, elect(taus)
+        if self.method == "fit":
+            return base, taus, fit_vector(taus, self.rescalers.to(taus.device))
+        low, high = two_levels(taus)
+        swap = high.abs() < low.abs()
+        near, far = torch.where(swap, high, low), torch.where(swap, low, high)
+        exact_start = base.to(torch.float32) + near
+        start = exact_start.to(base.dtype)
+        shift = start.to(torch.float32) - base.to(torch.float32)
+        return start, taus - shift, torch.where(far == near, 0, far - shift)
+
+    def _stored(self, exact: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The vector as it is stored, the scales of its codes, and its values then."""
+        if self.bits is not None and exact.numel():
+            rows = exact.view(-1, self.base.numel() // self.shape[0])
+            codes, scales = lowbit.encode(rows, self.bits)
+            return codes, scales, lowbit.Codes(codes, scales, self.bits, rows.shape).dense().reshape(-1)
+        tau = exact.to(TAU_DTYPES.get(self.tau_dtype, torch.float32)) + 0.0  # no -0.0 of underflow
+        used = tau.to(torch.float32)
+        if not torch.isfinite(used).all():
+            raise OptionError(f"the unified task vector overflows {tau.dtype}: choose tau_dtype='float32'")
+        return tau, None, used
+
+    def _masks(self, deviations: Tensor, used: Tensor) -> Tensor:
+        if self.method == "emr":
+            return mask(deviations, used)
+        rescalers = self.rescalers if self.method == "fit" else torch.ones(len(deviations))
+        return fitted_mask(deviations, used, rescalers.to(used.device))
+
+
+def _sums(taus: Tensor, rebuilt: Tensor, masks: Tensor, exact: Tensor, used: Tensor) -> Partial:
+    """The sums of a block: `rebuilt`, `(N, n)` float32, is what stands for the task vectors."""
+    part = Partial.empty(0, len(taus))
+    taus, rebuilt = taus.to(torch.float64), rebuilt.to(torch.float64)
+    columns = (taus.abs(), rebuilt.abs(), taus.square(), rebuilt.square(), taus * rebuilt)
+    part.sums = torch.stack([column.sum(1) for column in columns], -1)[None].cpu()
+    agreeing = (taus * rebuilt.sign() > 0).count_nonzero(1)
+    part.counts = torch.stack([taus.count_nonzero(1), masks.count_nonzero(1), agreeing], 1).cpu()
+    rounding = (exact.to(torch.float64), exact.to(torch.float64) - used)
+    part.squares = torch.stack([values.square().sum() for values in rounding])[None].cpu()
+    part.numel = len(exact)
+    return part

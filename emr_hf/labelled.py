@@ -1,0 +1,217 @@
+"""Labelled data sets, read by the library `datasets`: rows of text, of pairs of texts, or of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import OptionError, nearest, one_line
+
+FILES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
+SINGLE = {"text": ("text", "sentence"), "image": ("image", "img")}
+LABELS = ("label", "labels")
+
+
+@dataclass
+class LabelledData:
+    """Rows to classify.
+
+    Attributes:
+        columns: one sequence of texts or images, or two of pairs, of a value a row.
+        labels: as they are in the data.
+        label_names: names of the ids, where the data tells them.
+    """
+
+    columns: list[Sequence[Any]]
+    labels: list[Any]
+    label_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read_data(
+    data: str | Path,
+    split: str | None,
+    text_column: str | Sequence[str] | None,
+    label_column: str | None,
+    rows: int | None,
+    kind: str,
+) -> LabelledData:
+    """Read labelled rows.
+
+    Args:
+        data, split, text_column, label_column, rows: as for [`evaluate_task`].
+        kind: `"text"` or `"image"`.
+
+    Raises:
+        OptionError: the data cannot be read, or lacks what is asked for.
+    """
+    found = _one_split(_load(str(data), split), split, data)
+    names = list(found.column_names)
+    columns = _input_columns(names, [text_column] if isinstance(text_column, str) else text_column, kind, data)
+    label = _column(names, label_column, data) if label_column else next((n for n in LABELS if n in names), None)
+    if label is None:
+        raise OptionError(
+            f"{data} has no column {' or '.join(LABELS)}: name it (--label-column). It has: {_list(names)}"
+        )
+    if rows is not None:
+        found = found.select(range(min(rows, len(found))))
+    if len(found) == 0:
+        raise OptionError(f"{data} has no rows")
+    if kind == "text":
+        values: list[Sequence[Any]] = [list(found[name]) for name in columns]
+        for name, column in zip(columns, values):
+            _check_texts(column, name, data)
+    else:
+        values = [_Pictures(found, columns[0], Path(data).parent)]
+        values[0][0]  # noqa: B018 - what is no picture is told before the model is loaded
+    return LabelledData(values, list(found[label]), getattr(found.features[label], "names", None))
+
+
+def _load(data: str, split: str | None) -> Any:
+    """What `datasets` makes of it: a `Dataset`, or a `DatasetDict` of several."""
+    try:
+        import datasets
+    except ImportError:
+        raise OptionError(
+            "reading labelled data needs the library datasets, which is not installed: pip install 'emr_hf[eval]'"
+        ) from None
+    path = Path(data)
+    try:
+        if path.is_dir():
+            saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+            return datasets.load_from_disk(data) if saved else datasets.load_dataset(data)
+        if path.suffix.lower() in FILES or path.is_file():
+            return _load_file(datasets, path)
+        name, _, hub_split = data.partition(":")
+        return datasets.load_dataset(name, split=split or hub_split or None)
+    except OptionError:
+        raise
+    except Exception as error:  # the library raises many kinds
+        raise OptionError(f"cannot read the data {data}: {one_line(error.__cause__ or error)}") from None
+
+
+def _load_file(datasets: Any, path: Path) -> Any:
+    if path.suffix.lower() not in FILES:
+        raise OptionError(f"{path}: expected a file that ends in {', '.join(FILES)}")
+    if not path.is_file():
+        raise OptionError(f"{path}: there is no such file")
+    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    return datasets.load_dataset(FILES[path.suffix.lower()], data_files=str(path), **options)
+
+
+def _one_split(found: Any, split: str | None, data: object) -> Any:
+    if not isinstance(found, dict):
+        return found
+    if split is not None and split not in found:
+        raise OptionError(f"{data} has no split {split!r}.{nearest(split, found)} It has: {_list(found)}")
+    if split is None and len(found) > 1:
+        raise OptionError(f"{data} has several splits: choose one (--split). It has: {_list(found)}")
+    return found[split or next(iter(found))]
+
+
+def _list(names: Any) -> str:
+    return ", ".join(map(str, names))
+
+
+def _column(names: Sequence[str], name: str, data: object) -> str:
+    if name not in names:
+        raise OptionError(f"{data} has no column {name!r}.{nearest(name, names)} It has: {_list(names)}")
+    return name
+
+
+def _input_columns(names: Sequence[str], asked: Sequence[str] | None, kind: str, data: object) -> list[str]:
+    most = 2 if kind == "text" else 1
+    if asked is not None:
+        if not 1 <= len(asked) <= most:
+            raise OptionError(
+                f"text_column={list(asked)}: expected {'one or two columns' if most == 2 else 'one column'}"
+            )
+        return [_column(names, name, data) for name in asked]
+    if kind == "text":
+        for pair in PAIRS:
+            if set(pair) <= set(names):
+                return list(pair)
+    for name in SINGLE[kind]:
+        if name in names:
+            return [name]
+    usual = " or ".join(SINGLE[kind])
+    raise OptionError(f"{data} has no column {usual}: name the {kind} column (--text-column). It has: {_list(names)}")
+
+
+def _check_texts(values: Sequence[Any], column: str, data: object) -> None:
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            raise OptionError(f"{data}, row {row}: {column!r} is {value!r}, expected a text")
+
+
+class _Pictures(Sequence[Any]):
+    """A column of images, opened when asked for: as the data set has them, or by path relative to its file."""
+
+    def __init__(self, rows: Any, column: str, folder: Path):
+        self._rows, self._column, self._folder = rows, column, folder
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        value = self._rows[row][self._column]
+        try:
+            from PIL import Image
+
+            return Image.open(self._folder / value) if isinstance(value, str) else value.convert("RGB")
+        except ImportError:
+            raise OptionError("reading images needs pillow, which is not installed: pip install pillow") from None
+        except (OSError, AttributeError) as error:
+            raise OptionError(f"row {row}: {self._column!r} is no image: {one_line(error)}") from None
+
+
+def label_ids(
+    labels: Sequence[Any], label_names: Sequence[str] | None, id2label: Mapping[int, str], task: str
+) -> list[int]:
+    """The task's ids of labels that are given as names or ids.
+
+    Args:
+        labels: a value a row: a name, with or without capitals, or an id.
+        label_names: names of the data's ids, where it tells them. They are what counts where the task has them all.
+        id2label: the task's.
+        task: its name, for the error.
+
+    Raises:
+        OptionError: labels that the task does not have, with those that it has.
+    """
+    if label_names is not None and {name.lower() for name in label_names} <= {n.lower() for n in id2label.values()}:
+        labels = [label_names[label] if _is_id(label, range(len(label_names))) else label for label in labels]
+    exact = {name: index for index, name in id2label.items()}
+    lower = {name.lower(): index for index, name in id2label.items()}
+
+    def id_of(label: Any) -> int | None:
+        if isinstance(label, str):
+            found = exact.get(label, lower.get(label.strip().lower()))
+            if found is None and label.strip().isdecimal():
+                found = int(label)
+            return found if found in id2label else None
+        return int(label) if _is_id(label, id2label) else None
+
+    ids = [id_of(label) for label in labels]
+    unknown = dict.fromkeys(repr(label) for label, found in zip(labels, ids) if found is None)
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        known = _list(f"{name} ({index})" for index, name in sorted(id2label.items())[:50])
+        raise OptionError(f"{task} does not have the labels {_list(list(unknown)[:5])}{more}. It has: {known}")
+    return [found for found in ids if found is not None]
+
+
+def _is_id(label: Any, known: Any) -> bool:
+    return isinstance(label, (int, float)) and math.isfinite(label) and label == int(label) and int(label) in known

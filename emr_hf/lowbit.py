@@ -1,0 +1,113 @@
+"""The unified vector in a few bits an element, with a scale for each row.
+
+A code c of b bits stands for `(c - (2^b - 1) / 2) * scale`: no code is zero, so a code keeps the sign that was
+elected, and what is nowhere in a mask may have any. Codes are packed in the order of the flat tensor, the first of a
+byte in its lowest bits. A row is what one index of the first dimension selects, as an output of a linear layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .storage import TensorInfo
+
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+"""dtype of a vector -> bits of a code."""
+
+# Where the search for a row's scale begins, as a share of its values' mean magnitude, and how often it goes on.
+_FIRST_SCALE = {4: 0.45, 2: 1.0}
+_ROUNDS = 6
+
+
+def is_packed(dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the vector is stored in codes: biases and norms, of one dimension, stay float32."""
+    return dtype in BITS and len(shape) > 1
+
+
+def infos(dtype: str, shape: tuple[int, ...]) -> tuple[TensorInfo, TensorInfo]:
+    """What is stored of a tensor: its codes, uint8 `(ceil(numel * bits / 8),)`, and scales, float32 `(rows,)`."""
+    size = -(-torch.Size(shape).numel() * BITS[dtype] // 8)
+    return TensorInfo((size,), torch.uint8), TensorInfo((shape[0],), torch.float32)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A part of the unified vector as it is stored.
+
+    Attributes:
+        codes: uint8 `(ceil(numel * bits / 8),)`.
+        scales: float32 `(rows,)`.
+        bits: of a code.
+        shape: of the tensor.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    shape: torch.Size
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __getitem__(self, where: slice) -> Tensor:
+        """Elements `start` (a multiple of 8) to `stop` of the flat tensor, float32."""
+        count, columns = where.stop - where.start, self.numel() // len(self.scales)
+        packed = self.codes[where.start * self.bits // 8 : -(-where.stop * self.bits // 8)]
+        values = _values(self.bits, packed.device)[packed.int()].reshape(-1)[:count]
+        first, last = where.start // columns, -(-where.stop // columns)
+        scales = self.scales[first:last].repeat_interleave(columns)
+        return values * scales[where.start - first * columns :][:count]
+
+    def dense(self) -> Tensor:
+        """The whole tensor, float32."""
+        return self[0 : self.numel()].reshape(self.shape) if self.numel() else torch.zeros(self.shape)
+
+
+@functools.cache
+def _values(bits: int, device: torch.device) -> Tensor:
+    """Byte -> the codes in it, less half of the largest one; `(256, 8 / bits)` float32."""
+    byte = torch.arange(256, device=device)
+    codes = [(byte >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(codes, 1).to(torch.float32) - (2**bits - 1) / 2
+
+
+def encode(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some rows.
+
+    Of 8 bits the scale is the least that reaches the row's largest value. Of fewer it pays to cut off the largest:
+    codes and scale are chosen for each other in turn (Lloyd, "Least squares quantization in PCM", 1982).
+
+    Args:
+        rows: `(r, columns)` float32, finite. Unless these are the last rows, `r * columns` is a multiple of 8.
+        bits: of a code.
+
+    Returns:
+        packed codes, uint8, and scales, float32 `(r,)`.
+    """
+    outermost = (2**bits - 1) / 2
+    if bits == 8:
+        scales = rows.abs().amax(1) / outermost
+    else:
+        scales = rows.abs().mean(1) * _FIRST_SCALE[bits]
+        for _ in range(_ROUNDS):
+            nearest = _nearest(rows, scales, bits)
+            scales = (nearest * rows).sum(1) / nearest.square().sum(1)
+    codes = (_nearest(rows, scales, bits) + outermost).to(torch.uint8).reshape(-1)
+    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % (8 // bits))).view(-1, 8 // bits)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    return (codes << shifts).sum(1, dtype=torch.uint8), scales
+
+
+def _nearest(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The code nearest to each value, less half of the largest one."""
+    outermost = (2**bits - 1) / 2
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    return ((rows * inverse[:, None]).floor() + 0.5).clamp(-outermost, outermost)

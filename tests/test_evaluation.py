@@ -1,0 +1,270 @@
+"""`emr-hf eval`: a task measured on labelled data, beside its own finetune, and errors before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, ViTImageProcessor
+
+import emr_hf
+from emr_hf import cli, evaluation
+from tests import adapters, tiny
+from tests.test_pipelines import WORDS, write_tokenizer
+
+TEXTS = ["a good film", "the bad film", "bad", "a good the film", "good", "film bad a"]
+REVERSED = [*WORDS[:5], *reversed(WORDS[5:])]
+
+
+@pytest.fixture(scope="module")
+def inputs(bert_inputs, tmp_path_factory):
+    """Finetunes with tokenizers, the last one with its own."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    found = tiny.Inputs(bert_inputs.base)
+    for task, path in bert_inputs.finetunes.items():
+        found.finetunes[task] = folder / path.name
+        shutil.copytree(path, found.finetunes[task])
+        write_tokenizer(found.finetunes[task], WORDS if task != "items" else REVERSED)
+    return found
+
+
+@pytest.fixture(scope="module")
+def repo(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation-repo") / "out"
+    emr_hf.merge(inputs.base, inputs.finetunes, out)
+    return out
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        status = cli.main(["eval", *(str(argument) for argument in arguments)])
+        captured = capsys.readouterr()
+        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
+
+    return run
+
+
+@torch.no_grad()
+def predicted(folder, texts, words=WORDS, pairs=None, **options):
+    """Label ids by the model itself, a row at a time."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
+    found = []
+    for row, text in enumerate(texts):
+        ids, types = [2, *(words.index(word) for word in text.split()), 3], []
+        types = [0] * len(ids)
+        if pairs:
+            more = [*(words.index(word) for word in pairs[row].split()), 3]
+            ids, types = ids + more, types + [1] * len(more)
+        logits = model(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits
+        found.append(int(logits.argmax()))
+    return found
+
+
+def write_csv(path, texts, labels, header="text,label"):
+    path.write_text("\n".join([header, *(f"{text},{label}" for text, label in zip(texts, labels))]) + "\n")
+    return path
+
+
+def test_accuracy_of_the_default_task_and_of_its_finetune(run, repo, inputs, tmp_path):
+    labels = [0, 1, 0, 1, 0, 1]
+    data = write_csv(tmp_path / "data.csv", TEXTS, labels)
+    ours = predicted(repo, TEXTS)
+    theirs = predicted(inputs.finetunes["glue/sst2"], TEXTS)
+    result = run(repo, "--data", data, "--compare", inputs.finetunes["glue/sst2"], "--format", "json")
+    assert result.status == 0, result.err
+    found = json.loads(result.out)
+    assert (found["task"], found["rows"]) == ("glue/sst2", 6)
+    assert found["metrics"] == {"accuracy": sum(a == b for a, b in zip(ours, labels)) / 6}
+    assert found["compared_metrics"] == {"accuracy": sum(a == b for a, b in zip(theirs, labels)) / 6}
+    assert found["agreement"] == sum(a == b for a, b in zip(ours, theirs)) / 6
+    text = run(repo, "--data", data, "--compare", inputs.finetunes["glue/sst2"]).out
+    assert "accuracy" in text and "individual" in text and "kept" in text and "6 rows" in text
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_task_with_its_own_tokenizer_and_label_names(repo, tmp_path, batch_size):
+    right = predicted(repo, TEXTS, REVERSED, emr_task="items")
+    rows = [{"sentence": text, "labels": f"Items-{index}"} for text, index in zip(TEXTS, right)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = emr_hf.evaluate_task(repo, tmp_path / "data.jsonl", "items", batch_size=batch_size)
+    assert found.metrics == {"accuracy": 1.0}
+    assert emr_hf.evaluate_task(repo, tmp_path / "data.jsonl", "items", rows=2).rows == 2
+
+
+def test_pairs_of_a_saved_data_set_with_splits_and_names_of_its_own(run, repo, tmp_path):
+    pairs = list(reversed(TEXTS))
+    right = predicted(repo, TEXTS, pairs=pairs, emr_task="mnli.v1")
+    names = ["mnli.v1-2", "mnli.v1-0", "mnli.v1-1"]  # another order than the task's
+    columns = {
+        "premise": TEXTS,
+        "hypothesis": pairs,
+        "label": [names.index(f"mnli.v1-{index}") for index in right],
+    }
+    kinds = datasets.Features(
+        premise=datasets.Value("string"), hypothesis=datasets.Value("string"), label=datasets.ClassLabel(names=names)
+    )
+    rows = datasets.Dataset.from_dict(columns, features=kinds)
+    datasets.DatasetDict(dev=rows, test=rows.select(range(3))).save_to_disk(tmp_path / "saved")
+    result = run(repo, "--data", tmp_path / "saved", "--task", "mnli.v1", "--split", "dev", "--format", "json")
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["metrics"] == {"accuracy": 1.0}
+    options = ["--text-column", "premise", "hypothesis", "--label-column", "label"]
+    result = run(repo, "--data", tmp_path / "saved", "--task", "mnli.v1", "--split", "test", *options)
+    assert result.status == 0 and "1.0000" in result.out
+    result = run(repo, "--data", tmp_path / "saved", "--task", "mnli.v1")
+    assert result.status == 1 and "dev, test" in result.err
+    result = run(repo, "--data", tmp_path / "saved", "--task", "mnli.v1", "--split", "tset")
+    assert result.status == 1 and "Did you mean 'test'" in result.err
+
+
+def test_images_by_path(tmp_path):
+    from PIL import Image
+
+    vit = next(t for t in tiny.ALL if t.architecture == "ViTForImageClassification")
+    inputs = tiny.write_inputs(vit, tmp_path)
+    for folder in inputs.finetunes.values():
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "out")
+    for index in range(3):
+        Image.new("RGB", (20, 20), (80 * index, 10, 200)).save(tmp_path / f"{index}.png")
+    data = write_csv(tmp_path / "data.csv", ["0.png", "1.png", "2.png"], [0, 0, 0], "image,label")
+    found = emr_hf.evaluate_task(tmp_path / "out", data, "a", compare=inputs.finetunes["a"])
+    assert 0 <= found.metrics["accuracy"] <= 1 and found.rows == 3 and found.agreement is not None
+    columns = {"img": [Image.new("RGB", (20, 20))] * 2, "label": [0, 1]}
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
+    assert emr_hf.evaluate_task(tmp_path / "out", tmp_path / "saved", "a").metrics == {"accuracy": 0.5}
+    data = write_csv(tmp_path / "bad.csv", ["out"], [0], "image,label")
+    with pytest.raises(emr_hf.OptionError, match="row 0: 'image' is no image"):
+        emr_hf.evaluate_task(tmp_path / "out", data, "a")
+
+
+def test_an_adapter_without_its_base(run, tmp_path):
+    base = adapters.write_base(tiny.BERT, tmp_path / "base")
+    write_tokenizer(base, WORDS)
+    settings = {**adapters.BERT_IA3, "task_type": "SEQ_CLS"}
+    finetunes = {}
+    for seed, task in enumerate(("sst2", "mnli")):
+        finetunes[task] = tmp_path / task
+        adapters.write_adapter(finetunes[task], tiny.BERT.architecture, base, settings, seed, "IA3")
+    emr_hf.merge(None, finetunes, tmp_path / "out", save_as="peft")
+    data = write_csv(tmp_path / "data.csv", TEXTS, [0] * 6)
+    result = run(tmp_path / "out", "--data", data, "--task", "mnli", "--compare", finetunes["mnli"])
+    assert result.status == 0, result.err
+    assert "both say the same" in result.out
+
+
+METRIC = """
+import datasets
+import evaluate
+
+class Wrong(evaluate.Metric):
+    def _info(self):
+        kind = datasets.Value("int32")
+        features = datasets.Features({"predictions": kind, "references": kind})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references, average="binary"):
+        if average == "binary" and max(references) > 1:
+            raise ValueError("please choose another average")
+        return {"wrong": sum(p != r for p, r in zip(predictions, references))}
+"""
+
+
+@pytest.fixture
+def metric(tmp_path):
+    (tmp_path / "wrong.py").write_text(METRIC)
+    return tmp_path / "wrong.py"
+
+
+def test_a_metric_from_a_script(run, repo, tmp_path, metric):
+    wrong = [1 - index for index in predicted(repo, TEXTS)]
+    data = write_csv(tmp_path / "data.csv", TEXTS, wrong)
+    result = run(repo, "--data", data, "--metric", "accuracy", metric, f"{metric}:macro", "--format", "json")
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["metrics"] == {"accuracy": 0.0, "wrong": 6, "wrong:macro": 6}
+
+
+# Errors
+
+
+def fails(run, monkeypatch, *arguments):
+    """The message of a run that must fail before a model is loaded."""
+    monkeypatch.setattr(evaluation, "plain_model", lambda *args: pytest.fail("a model was loaded"))
+    result = run(*arguments)
+    assert result.status == 1 and result.out == "", result.out
+    assert result.err.startswith("emr-hf: ") and result.err.count("\n") == 1
+    return result.err
+
+
+def test_unknown_labels_are_named_with_the_known_ones(run, repo, tmp_path, monkeypatch):
+    data = write_csv(tmp_path / "data.csv", TEXTS, ["glue/sst2-0", "good", "bad", "glue/sst2-1", "good", "2"])
+    message = fails(run, monkeypatch, repo, "--data", data)
+    assert "'good', 'bad', '2'" in message and "glue/sst2-0 (0), glue/sst2-1 (1)" in message
+    data = write_csv(tmp_path / "ids.csv", TEXTS, [0, 1, -1, 0, 0, 0])
+    assert "labels -1." in fails(run, monkeypatch, repo, "--data", data)
+
+
+def test_missing_columns_rows_and_files(run, repo, tmp_path, monkeypatch):
+    data = write_csv(tmp_path / "data.csv", TEXTS, [0] * 6, "review,class")
+    assert "no column text or sentence" in fails(run, monkeypatch, repo, "--data", data)
+    assert "'reveiw'. Did you mean 'review'" in fails(
+        run, monkeypatch, repo, "--data", data, "--text-column", "reveiw"
+    )
+    assert "review, class" in fails(run, monkeypatch, repo, "--data", data, "--text-column", "review")
+    three = ["--text-column", "review", "class", "review"]
+    assert "one or two columns" in fails(run, monkeypatch, repo, "--data", data, *three)
+    assert "no such file" in fails(run, monkeypatch, repo, "--data", tmp_path / "absent.csv")
+    (tmp_path / "data.txt").write_text("a")
+    assert ".parquet" in fails(run, monkeypatch, repo, "--data", tmp_path / "data.txt")
+    assert "me/nothing" in fails(run, monkeypatch, repo, "--data", "me/nothing:test")
+    data = write_csv(tmp_path / "gap.csv", ["good", "", "bad"], [0, 1, 0])
+    assert "row 1: 'text' is None" in fails(run, monkeypatch, repo, "--data", data)
+    (tmp_path / "broken.json").write_text("{")
+    assert "cannot read" in fails(run, monkeypatch, repo, "--data", tmp_path / "broken.json")
+
+
+def test_bad_options(run, repo, inputs, tmp_path, monkeypatch, metric):
+    data = write_csv(tmp_path / "data.csv", TEXTS, [0, 1, 2, 0, 1, 2])
+    message = fails(run, monkeypatch, repo, "--data", data, "--task", "itms")
+    assert "Did you mean 'items'" in message
+    for option in ("--batch-size", "--rows"):
+        assert "at least 1" in fails(run, monkeypatch, repo, "--data", data, option, "0")
+    mnli = [repo, "--data", data, "--task", "mnli.v1"]
+    assert "another average" in fails(run, monkeypatch, *mnli, "--metric", metric)
+    assert "'no-such-metric' cannot be loaded" in fails(run, monkeypatch, *mnli, "--metric", "no-such-metric")
+    assert "has 2 labels, mnli.v1 has 3" in fails(run, monkeypatch, *mnli, "--compare", inputs.finetunes["items"])
+    assert "no model here" in fails(run, monkeypatch, *mnli, "--compare", tmp_path / "nowhere")
+    assert "is no merged repo" in fails(run, monkeypatch, inputs.base, "--data", data)
+    assert "is no merged repo" in fails(run, monkeypatch, tmp_path / "nowhere", "--data", data)
+
+
+def test_a_repo_without_a_tokenizer_is_told(run, bert_repo, tmp_path, monkeypatch):
+    data = write_csv(tmp_path / "data.csv", TEXTS, [0] * 6)
+    assert "no tokenizer" in fails(run, monkeypatch, bert_repo, "--data", data)
+
+
+@pytest.mark.parametrize("library", ["datasets", "evaluate"])
+def test_a_missing_library_is_named_with_its_extra(run, repo, tmp_path, monkeypatch, library):
+    data = write_csv(tmp_path / "data.csv", TEXTS, [0] * 6)
+    monkeypatch.setitem(sys.modules, library, None)
+    metric = "f1" if library == "evaluate" else "accuracy"
+    assert "emr_hf[eval]" in fails(run, monkeypatch, repo, "--data", data, "--metric", metric)
+    if library == "evaluate":
+        monkeypatch.undo()
+        monkeypatch.setitem(sys.modules, library, None)
+        assert run(repo, "--data", data).status == 0
+
+
+def test_what_does_not_classify_is_refused(run, tmp_path, monkeypatch):
+    inputs = tiny.write_inputs(tiny.GPT2, tmp_path)
+    emr_hf.merge(inputs.base, inputs.finetunes, tmp_path / "out")
+    data = write_csv(tmp_path / "data.csv", TEXTS, [0] * 6)
+    message = fails(run, monkeypatch, tmp_path / "out", "--data", data)
+    assert "GPT2LMHeadModel" in message and "ForSequenceClassification" in message
