@@ -29,6 +29,7 @@ from emr_hf.baselines import (
     ties,
     weight_average,
 )
+from emr_hf.baselines.vectors import top_magnitudes
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 """What the best scale is chosen from, on the validation rows of all tasks."""
@@ -301,6 +302,64 @@ def _task_vectors(given: Checkpoints, name: str) -> Tensor:
     return torch.stack([election.task_vector(weights[name], base).flatten() for weights in given.finetunes.values()])
 
 
+def varied(
+    given: Checkpoints, scratch: Path, prepare: str | None = None, per_tensor: bool = False, **options: Any
+) -> Made:
+    """A merge in memory of task vectors that were changed before, or with a rescaler for each tensor.
+
+    Args:
+        prepare: `"trim"`, the fifth of the largest magnitudes of each tensor, the rest zero; `"3 bits"`, an eighth
+            of each tensor's range a step, zero among them (as TVQ, arXiv 2503.06921); `"normalise"`, all task
+            vectors as long as the mean, which rescalers undo.
+        per_tensor: `sum |tau_t| / sum M_t |tau|` of each tensor by itself.
+        options: of `emr_hf.merge_state_dicts`.
+    """
+    lengths = {task: _length(given, task) for task in given.finetunes}
+    mean = statistics.mean(lengths.values())
+    scales = {task: mean / length if prepare == "normalise" else 1.0 for task, length in lengths.items()}
+    changed = {
+        task: {
+            name: given.base[name].float() + scales[task] * _prepared(weights[name] - given.base[name], prepare)
+            for name in given.base
+        }
+        for task, weights in given.finetunes.items()
+    }
+    merge = emr_hf.merge_state_dicts({name: one.float() for name, one in given.base.items()}, changed, **options)
+
+    def rescaler(task: str, name: str) -> float:
+        if not per_tensor:
+            return merge.rescalers[task]
+        kept = float((merge.masks[task][name] * merge.tau[name]).double().abs().sum())
+        return float((changed[task][name] - given.base[name]).double().abs().sum()) / kept if kept else 1.0
+
+    def rebuilt(task: str) -> dict[str, Tensor]:
+        return {
+            name: weight + rescaler(task, name) / scales[task] * merge.masks[task][name] * merge.tau[name]
+            for name, weight in given.base.items()
+        }
+
+    elements, tasks = sum(tau.numel() for tau in merge.tau.values()), len(given.finetunes)
+    beside = elements * (32 + tasks) // 8 + given.heads + per_tensor * 4 * tasks * len(given.base)
+    return Made(partial(_score_with, given, rebuilt), weights_bytes(given.domain.base) + beside, beside)
+
+
+def _length(given: Checkpoints, task: str) -> float:
+    """Return the L2 norm of a task vector."""
+    squares = (
+        float((weight - given.base[name]).double().square().sum()) for name, weight in given.finetunes[task].items()
+    )
+    return sum(squares) ** 0.5
+
+
+def _prepared(tau: Tensor, how: str | None) -> Tensor:
+    if how == "trim":
+        return tau * top_magnitudes(tau, 0.2)
+    if how == "3 bits":
+        step = (tau.max() - tau.min()) / 7
+        return (tau / step).round() * step if step > 0 else tau
+    return tau
+
+
 def merged_repo(given: Checkpoints, scratch: Path, **options: Any) -> Made:
     """A repo that `emr_hf.merge` writes with these options."""
     domain = given.domain
@@ -350,10 +409,15 @@ CONTENDERS = {
     "EMR": _merge(),
     "EMR tensor_mean": _merge(rescale="tensor_mean"),
     "EMR least_squares": _merge(rescale="least_squares"),
+    "EMR per tensor": Contender(varied, {"per_tensor": True}),
+    "EMR trimmed": Contender(varied, {"prepare": "trim"}),
+    "EMR of 3 bits": Contender(varied, {"prepare": "3 bits"}),
+    "EMR normalised": Contender(varied, {"prepare": "normalise"}),
     "EMR int8": _merge(tau_dtype="int8"),
     "EMR int4": _merge(tau_dtype="int4"),
     "fit": _merge(method="fit"),
     "fit least_squares": _merge(method="fit", rescale="least_squares"),
+    "fit per tensor": Contender(varied, {"method": "fit", "per_tensor": True}),
     "fit int8": _merge(method="fit", tau_dtype="int8"),
     "fit int4": _merge(method="fit", tau_dtype="int4"),
     "fit int2": _merge(method="fit", tau_dtype="int2"),

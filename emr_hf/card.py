@@ -16,9 +16,8 @@ TAGS = ["merge", "emr-merging", "model-merging", "emr_hf"]
 _TEXT = """\
 # {title}
 
-{count} finetunes of {base} in one {kind}, merged by [EMR-Merging](https://arxiv.org/abs/2405.17461) with `emr_hf`:
-{parts}one unified task vector, and per task a 1-bit mask per weight and a rescaler. It becomes any of its tasks, and
-has to be told which.
+{count} finetunes of {base} in one {kind}, {how}:
+{parts}. It becomes any of its tasks, and has to be told which.
 
 {usage}
 
@@ -33,6 +32,15 @@ has to be told which.
 ```yaml
 {recipe}```
 """
+
+_EMR = "[EMR-Merging](https://arxiv.org/abs/2405.17461)"
+_HOW = {
+    "emr": f"merged by {_EMR} with `emr_hf`",
+    "fit": f"merged with `emr_hf` by a least-squares fit in the form of {_EMR}",
+    "levels": f"merged with `emr_hf` in the form of {_EMR}",
+}
+_PARTS = "one unified task vector, and per task a 1-bit mask per weight and a rescaler"
+_LEVELS = "two values for each weight, and per task one bit per weight that picks one of them"
 
 _USAGE = {
     "model": """\
@@ -78,7 +86,8 @@ def make_card(config: EMRConfig, repo_id: str, layout: str = "model") -> str:
         count=len(config.tasks),
         base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else base,
         kind="model" if layout == "model" else "adapter",
-        parts="the base, " if layout == "model" else "",
+        how=_HOW[config.method],
+        parts=_LEVELS if config.method == "levels" else f"{'the base, ' if layout == 'model' else ''}{_PARTS}",
         usage=_USAGE[layout].format(
             auto_class=auto_name(wrapper),
             repo_id=repo_id,

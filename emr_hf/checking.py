@@ -71,6 +71,10 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
     if save_as == "peft" and recipe.base is None and all(source.adapter is None for source in sources.values()):
         raise OptionError("save_as='peft': no base is given: an adapter has to name its base")
     plan = make_plan(recipe, base, sources, save_as)
+    if recipe.method == "levels" and plan.vectors is not None:
+        raise OptionError(
+            "method='levels' replaces the base, but the base of (IA)³ vectors is one: use 'fit' or 'emr'"
+        )
     if out is not None:
         check_space(plan, Path(out))
     return plan

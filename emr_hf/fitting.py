@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import bits, kernels, lowbit
 from .bits import StoredVector
-from .election import BLOCK, RESCALERS, TAU_DTYPES, Partial, TaskVector, elect, finite_task_vectors, mask
+from .election import BLOCK, RESCALERS, TAU_DTYPES, Partial, TaskVector, elect, finite_task_vectors, mask, scales
 from .errors import OptionError, check_choice
 
 METHODS = ("emr", "fit", "levels")
@@ -222,12 +222,20 @@ class TensorFit:
 def _sums(taus: Tensor, rebuilt: Tensor, masks: Tensor, exact: Tensor, used: Tensor) -> Partial:
     """The sums of a block: `rebuilt`, `(N, n)` float32, is what stands for the task vectors."""
     part = Partial.empty(0, len(taus))
-    taus, rebuilt = taus.to(torch.float64), rebuilt.to(torch.float64)
-    columns = (taus.abs(), rebuilt.abs(), taus.square(), rebuilt.square(), taus * rebuilt)
-    part.sums = torch.stack([column.sum(1) for column in columns], -1)[None].cpu()
-    agreeing = (taus * rebuilt.sign() > 0).count_nonzero(1)
-    part.counts = torch.stack([taus.count_nonzero(1), masks.count_nonzero(1), agreeing], 1).cpu()
-    rounding = (exact.to(torch.float64), exact.to(torch.float64) - used)
-    part.squares = torch.stack([values.square().sum() for values in rounding])[None].cpu()
     part.numel = len(exact)
+    if part.numel == 0:
+        return part
+    part.counts = torch.stack([bits.count(one) for one in (taus != 0, masks, taus * rebuilt.sign() > 0)], 1)
+    # To the scale of the largest, that squares do not underflow.
+    scale = scales(torch.maximum(taus.abs().amax(), rebuilt.abs().amax()))
+    unit = 1 / float(scale)
+    taus, rebuilt = taus * scale, rebuilt * scale
+    lengths = [_total(terms) for terms in (taus.abs(), rebuilt.abs())]
+    squares = [_total(terms) for terms in (taus * taus, rebuilt * rebuilt, taus * rebuilt)]
+    part.sums = torch.stack([*(unit * one for one in lengths), *(unit**2 * one for one in squares)], -1)[None].cpu()
+    part.squares = torch.stack([_total(one.double().square()) for one in (exact, exact - used)])[None].cpu()
     return part
+
+
+def _total(terms: Tensor) -> Tensor:
+    return terms.sum(-1, dtype=torch.float64)

@@ -48,6 +48,7 @@ if _library is not None:
     _library.emr_fit_tasks.restype = ctypes.c_int64
     _library.emr_fit_vector.restype = None
     _library.emr_two_levels.restype = None
+    _library.emr_decode.restype = None
 
 
 def available() -> bool:
@@ -145,6 +146,15 @@ def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
     count, tasks = ctypes.c_int64(values.shape[1]), ctypes.c_int64(len(values))
     _library.emr_two_levels(_level, count, tasks, _address(values), _address(low), _address(high))
     return low, high
+
+
+def decode(codes: Tensor, scales: Tensor, bits: int, start: int, count: int, columns: int) -> Tensor:
+    """Elements of `lowbit.Codes`, from `start` on; `codes` begin with that element's."""
+    assert _library is not None
+    out = torch.empty(count)
+    numbers = [ctypes.c_int64(number) for number in (count, start, columns, bits)]
+    _library.emr_decode(_level, *numbers, _address(codes), _address(scales), _address(out))
+    return out
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:

@@ -13,19 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import kernels
 from .storage import TensorInfo
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 """dtype of a vector -> bits of a code."""
 
+# Elements of a row; of a shorter one the scale would take more room than codes save.
+_SHORTEST = 8
 # Where the search for a row's scale begins, as a share of its values' mean magnitude, and how often it goes on.
 _FIRST_SCALE = {4: 0.45, 2: 1.0}
 _ROUNDS = 6
 
 
 def is_packed(dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of the vector is stored in codes: biases and norms, of one dimension, stay float32."""
-    return dtype in BITS and len(shape) > 1
+    """Whether a tensor of the vector is stored in codes: what has no rows to speak of, as a bias, stays float32."""
+    return dtype in BITS and len(shape) > 1 and shape[0] > 1 and torch.Size(shape[1:]).numel() >= _SHORTEST
 
 
 def infos(dtype: str, shape: tuple[int, ...]) -> tuple[TensorInfo, TensorInfo]:
@@ -61,6 +64,8 @@ class Codes:
         """Elements `start` (a multiple of 8) to `stop` of the flat tensor, float32."""
         count, columns = where.stop - where.start, self.numel() // len(self.scales)
         packed = self.codes[where.start * self.bits // 8 : -(-where.stop * self.bits // 8)]
+        if kernels.takes(packed, self.scales):
+            return kernels.decode(packed, self.scales, self.bits, where.start, count, columns)
         values = _values(self.bits, packed.device)[packed.int()].reshape(-1)[:count]
         first, last = where.start // columns, -(-where.stop // columns)
         scales = self.scales[first:last].repeat_interleave(columns)

@@ -2,10 +2,11 @@
 
 python recipes/glyph_data.py  # renders what the cache lacks and prints the size of every task
 
-Where a script has two families of fonts, the pictures to test on are of the one that is not trained on, as a rule the
-one with serifs. Where it has one, they are of its thinnest and its boldest fonts, or of the boldest of four; of
-Tifinagh's regional styles, they are of two. All pictures, those to test on too, are turned, scaled and moved a little
-at random, as there are few fonts of some scripts: several pictures may then show the same letter of the same font.
+Where a script has two families of fonts, the pictures to test on are of one of them, as a rule the one with serifs,
+and there of every second font; the others are trained on. Where it has one family, they are of its thinnest and its
+boldest fonts, or of the boldest of four; of Tifinagh's regional styles, they are of two. All pictures, those to test on
+too, are turned, scaled and moved a little at random, as there are few fonts of some scripts: several pictures may then
+show the same letter of the same font.
 Pixels may differ between versions of Pillow, which brings its own FreeType.
 """
 
@@ -43,8 +44,8 @@ class GlyphTask:
     Args:
         name: of the task.
         block: the first and last code point to take letters from, in order and at most `MAX_LETTERS`.
-        train, test: patterns of the names of the fonts to train and to test on, `.ttf` left out. A font that both
-            name is for testing.
+        train, test: patterns of the names of the fonts to train on, and of those to take the fonts to test on from,
+            `.ttf` left out.
     """
 
     name: str
@@ -53,9 +54,11 @@ class GlyphTask:
     test: tuple[str, ...]
 
     def fonts(self, folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-        """Return the fonts to train and to test on."""
+        """Return the fonts to train and to test on: of more than two of a family for testing every second."""
         test = find_fonts(folders, self.test)
-        return [font for font in find_fonts(folders, self.train) if font not in test], test
+        known = test[::2] if len(test) > 2 else []
+        test = [font for font in test if font not in known]
+        return [font for font in find_fonts(folders, self.train + self.test) if font not in test], test
 
     def letters(self, fonts: Iterable[Path]) -> list[str]:
         """Return the letters that all of the fonts have; a label is a place in this list."""
@@ -145,6 +148,7 @@ def render_once(
         "packages": [package.sha256 for package in packages],
         "rows": rows,
         "test": test,
+        "held out": "every second",
         "sizes": [SIDE, INK, FONT_SIZE, MAX_LETTERS],
         "jitter": [TURN, SCALE, SHIFT],
         "seed": SEED,

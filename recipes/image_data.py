@@ -185,6 +185,6 @@ MORE_TASKS = {
         ),
     )
 }
-"""Five more, by name. Those of letters are tested on families of fonts, with serifs, that are not trained on."""
+"""Five more, by name. Those of letters are tested on fonts, with serifs, that are not trained on."""
 ALL_TASKS = TASKS | MORE_TASKS
 """All eight."""

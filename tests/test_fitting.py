@@ -168,7 +168,7 @@ def test_two_levels_of_two_tasks_lose_nothing(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("width", lowbit.BITS.values())
-@pytest.mark.parametrize("shape", [(3, 5), (16, 24), (8, 3, 7), (1, 1)])
+@pytest.mark.parametrize("shape", [(3, 9), (16, 24), (8, 3, 7), (2, 8)])
 def test_codes_give_a_value_near_each_element_and_of_its_sign(width, shape):
     values = torch.randn(shape)
     codes, scales = lowbit.encode(values.reshape(shape[0], -1), width)
@@ -180,6 +180,20 @@ def test_codes_give_a_value_near_each_element_and_of_its_sign(width, shape):
     step = 8 if values.numel() > 8 else 1
     pieces = [stored[start : min(start + step, values.numel())] for start in range(0, values.numel(), step)]
     assert torch.equal(torch.cat(pieces), stored.dense().flatten())
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the compiled loops were not built (no C++ compiler)")
+@pytest.mark.parametrize("width", lowbit.BITS.values())
+@pytest.mark.parametrize("level", [0, 1])
+def test_compiled_decoding_gives_the_bits_of_the_definition(width, level, monkeypatch):
+    values = torch.randn(5, 37)
+    codes = lowbit.Codes(*lowbit.encode(values, width), width, values.shape)
+    pieces = [slice(start, stop) for start in (0, 8, 40, 176) for stop in (start + 1, start + 8, 185)]
+    monkeypatch.setattr(kernels, "_level", level)
+    found = [codes[piece] for piece in pieces]
+    monkeypatch.setattr(kernels, "takes", lambda *tensors: False)
+    for piece, values in zip(pieces, found):
+        assert torch.equal(values, codes[piece])
 
 
 @pytest.mark.parametrize("width", lowbit.BITS.values())
@@ -311,9 +325,10 @@ def test_peft_loads_a_fit_in_few_bits(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     for task in inputs.finetunes:
         adapted.set_task(task)
-        for name, weight in model.set_task(task).model.state_dict().items():
+        found = dict(adapted.get_base_model().named_parameters())
+        for name, weight in model.set_task(task).model.named_parameters():
             if name in model.config.merged_parameters:
-                assert torch.equal(adapted.get_base_model().state_dict()[name], weight), name
+                assert torch.equal(found[name], weight), name
 
 
 def test_rescalers_by_least_squares_and_none(bert_inputs):

@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 
 import emr_hf
 from emr_hf.adapters.export import adapter_folders
+from emr_hf.errors import OptionError
 from tests import adapters, tiny
 from tests.adapters import BERT_IA3
 from tests.test_merging import load_folder
@@ -109,6 +110,17 @@ def test_the_plan_says_which_space(bert):
     plan = emr_hf.check(emr_hf.Recipe(None, bert.finetunes))
     assert "(IA)³ vectors" in str(plan)
     assert plan.vectors is not None and all("ia3_l" in name for name in plan.merged)
+
+
+def test_vectors_are_fitted_but_have_no_levels(bert, tmp_path):
+    with pytest.raises(OptionError, match="the base of .* vectors is one"):
+        emr_hf.merge(bert.base, bert.finetunes, tmp_path / "levels", method="levels")
+    found = {}
+    for method in ("emr", "fit"):
+        options = {"method": method, "rescale": "least_squares", "tau_dtype": "int4"}  # rows of one have no codes
+        report = emr_hf.merge(bert.base, bert.finetunes, tmp_path / method, **options)
+        found[method] = sum((task.relative_error * task.length) ** 2 for task in report.tasks.values())
+    assert found["fit"] <= found["emr"]
 
 
 def test_electing_vectors_elects_the_weights(bert, tmp_path):

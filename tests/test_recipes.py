@@ -457,6 +457,9 @@ def test_fonts_to_test_on_are_not_trained_on(tmp_path):
     train, test = glyph_data.GlyphTask("a", (0, 1), ("A-*",), ("A-Thin", "A-Black")).fonts(folders)
     assert [path.stem for path in train] == ["A-Bold"]
     assert [path.stem for path in test] == ["A-Black", "A-Thin"]
+    train, test = glyph_data.GlyphTask("a", (0, 1), ("B-*",), ("A-*",)).fonts(folders)
+    assert [path.stem for path in train] == ["A-Black", "A-Thin", "B-Bold"]
+    assert [path.stem for path in test] == ["A-Bold"]
 
 
 class Squares:

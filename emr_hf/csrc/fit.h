@@ -1,5 +1,5 @@
-// Included by kernels.cpp once for each instruction set, each time into a namespace of its own: the loops of fitting.py,
-// which defines them. Of each element every set of tasks is tried that a threshold can cut off; the tasks' own values
+// Included by kernels.cpp once for each instruction set, each time into a namespace of its own: the loops of fitting.py
+// and lowbit.py, which define them. In a fit, of each element every set of tasks is tried that a threshold can cut off; the tasks' own values
 // are the thresholds.
 
 namespace EMR_BODY {
@@ -83,6 +83,32 @@ void two_levels(int64_t count, int64_t tasks, const float *values, float *low, f
         store(low, start, count, best_low);
         store(high, start, count, best_high);
     }
+}
+
+// `lowbit.Codes.__getitem__`: elements from `start` on, of codes that begin with that element's.
+template <int BITS>
+void decode(int64_t count, int64_t start, int64_t columns, const uint8_t *codes, const float *scales, float *out) {
+    constexpr int64_t IN_BYTE = 8 / BITS;
+    constexpr int MOST = (1 << BITS) - 1;
+    constexpr float HALF = MOST / 2.0f;
+    const int64_t whole = count / IN_BYTE;
+    for (int64_t byte = 0; byte < whole; byte++)
+        for (int64_t i = 0; i < IN_BYTE; i++)
+            out[byte * IN_BYTE + i] = (float)((codes[byte] >> (i * BITS)) & MOST) - HALF;
+    for (int64_t i = whole * IN_BYTE; i < count; i++)
+        out[i] = (float)((codes[whole] >> (i % IN_BYTE * BITS)) & MOST) - HALF;
+    for (int64_t i = 0; i < count;) {
+        const int64_t row = (start + i) / columns, end = (row + 1) * columns - start;
+        const float scale = scales[row];
+        for (const int64_t stop = end < count ? end : count; i < stop; i++) out[i] *= scale;
+    }
+}
+
+void decode(int64_t count, int64_t start, int64_t columns, int64_t bits, const uint8_t *codes, const float *scales,
+            float *out) {
+    if (bits == 8) return decode<8>(count, start, columns, codes, scales, out);
+    if (bits == 4) return decode<4>(count, start, columns, codes, scales, out);
+    decode<2>(count, start, columns, codes, scales, out);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The loops over whole models: the election, the rebuild of a task's weights, and the least-squares fits.
 //
 // Plain C interface, no Python or torch headers: emr_hf/kernels.py loads it with ctypes and falls back to torch where it
-// is missing. Every function here gives, bit for bit, what its torch version in election.py, bits.py or fitting.py
-// gives; those are the definitions, and the tests compare the two.
+// is missing. Every function here gives, bit for bit, what its torch version in election.py, bits.py, fitting.py or
+// lowbit.py gives; those are the definitions, and the tests compare the two.
 //
 // body.h and fit.h are compiled once for the plain architecture and, on x86-64, once more for AVX2.
 
@@ -104,6 +104,14 @@ void emr_two_levels(int32_t level, int64_t count, int64_t tasks, const float *va
     if (level && fast()) return avx2::two_levels(count, tasks, values, low, high);
 #endif
     plain::two_levels(count, tasks, values, low, high);
+}
+
+void emr_decode(int32_t level, int64_t count, int64_t start, int64_t columns, int64_t bits, const uint8_t *codes,
+                const float *scales, float *out) {
+#ifdef EMR_HAS_AVX2
+    if (level && fast()) return avx2::decode(count, start, columns, bits, codes, scales, out);
+#endif
+    plain::decode(count, start, columns, bits, codes, scales, out);
 }
 
 }  // extern "C"
