@@ -346,7 +346,7 @@ def draw_counts(axes: Any, counts: Mapping[int, Sequence[Result]]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--domains", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--domains", nargs="+", choices=NAMES, help="(default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=CONTENDERS, metavar="METHOD", default=list(CONTENDERS))
     parser.add_argument("--rows", type=int, default=500, help="test rows of a task (default: %(default)s)")
@@ -359,6 +359,7 @@ def parse() -> argparse.Namespace:
     if options.figure and importlib.util.find_spec("matplotlib") is None:
         parser.error("--figure needs matplotlib, which is not installed: pip install 'emr_hf[plot]'")
     options.task_counts = options.task_counts or (QUICK_COUNTS if options.quick else COUNTS)
+    options.domains = options.domains or [name for name in NAMES if not options.quick or name != "generation"]
     options.methods = [name for name in CONTENDERS if name == INDIVIDUAL or name in options.methods]
     return options
 

@@ -7,7 +7,7 @@ real repo, which is loaded and switched as a user would; the others rebuild weig
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -280,11 +280,7 @@ def ablation(given: Checkpoints, scratch: Path, mask: bool, rescale: bool) -> Ma
     def rebuilt(task: str) -> dict[str, Tensor]:
         deltas, row, scale = kept(task), order.index(task), 1.0
         if rescale:
-            lengths = [
-                sum(float(tensor.double().abs().sum()) for tensor in tensors)
-                for tensors in ((vectors[row] for vectors in taus.values()), deltas.values())
-            ]
-            scale = lengths[0] / lengths[1]
+            scale = _ratio((vectors[row] for vectors in taus.values()), deltas.values())
         return {
             name: (given.base[name].float() + scale * delta.view_as(given.base[name])).to(given.base[name])
             for name, delta in deltas.items()
@@ -303,44 +299,51 @@ def _task_vectors(given: Checkpoints, name: str) -> Tensor:
 
 
 def varied(
-    given: Checkpoints, scratch: Path, prepare: str | None = None, per_tensor: bool = False, **options: Any
+    given: Checkpoints, scratch: Path, prepare: str | None = None, rescaled: str | None = None, **options: Any
 ) -> Made:
-    """A merge in memory of task vectors that were changed before, or with a rescaler for each tensor.
+    """A merge in memory of task vectors that were changed before, or with other rescalers.
 
     Args:
         prepare: `"trim"`, the fifth of the largest magnitudes of each tensor, the rest zero; `"3 bits"`, an eighth
             of each tensor's range a step, zero among them (as TVQ, arXiv 2503.06921); `"normalise"`, all task
             vectors as long as the mean, which rescalers undo.
-        per_tensor: `sum |tau_t| / sum M_t |tau|` of each tensor by itself.
+        rescaled: give what is rebuilt the finetune's mean magnitude, of each `"tensor"` or of the whole `"task"`.
         options: of `emr_hf.merge_state_dicts`.
     """
     lengths = {task: _length(given, task) for task in given.finetunes}
     mean = statistics.mean(lengths.values())
     scales = {task: mean / length if prepare == "normalise" else 1.0 for task, length in lengths.items()}
+    base = {name: weight.float() for name, weight in given.base.items()}
     changed = {
         task: {
-            name: given.base[name].float() + scales[task] * _prepared(weights[name] - given.base[name], prepare)
-            for name in given.base
+            name: weight + scales[task] * _prepared(weights[name] - weight, prepare) for name, weight in base.items()
         }
         for task, weights in given.finetunes.items()
     }
-    merge = emr_hf.merge_state_dicts({name: one.float() for name, one in given.base.items()}, changed, **options)
-
-    def rescaler(task: str, name: str) -> float:
-        if not per_tensor:
-            return merge.rescalers[task]
-        kept = float((merge.masks[task][name] * merge.tau[name]).double().abs().sum())
-        return float((changed[task][name] - given.base[name]).double().abs().sum()) / kept if kept else 1.0
+    merge = emr_hf.merge_state_dicts(base, changed, **options)
 
     def rebuilt(task: str) -> dict[str, Tensor]:
-        return {
-            name: weight + rescaler(task, name) / scales[task] * merge.masks[task][name] * merge.tau[name]
-            for name, weight in given.base.items()
+        moves = {
+            name: merge.masks[task][name] * tau + (merge.base.get(name, base[name]) - base[name])
+            for name, tau in merge.tau.items()
         }
+        targets = {name: changed[task][name] - base[name] for name in moves}
+        rescalers = dict.fromkeys(moves, merge.rescalers[task])
+        if rescaled == "tensor":
+            rescalers = {name: _ratio([targets[name]], [moves[name]]) for name in moves}
+        if rescaled == "task":
+            rescalers = dict.fromkeys(moves, _ratio(targets.values(), moves.values()))
+        return {name: base[name] + rescalers[name] / scales[task] * move for name, move in moves.items()}
 
     elements, tasks = sum(tau.numel() for tau in merge.tau.values()), len(given.finetunes)
-    beside = elements * (32 + tasks) // 8 + given.heads + per_tensor * 4 * tasks * len(given.base)
+    beside = elements * (32 + tasks) // 8 + given.heads + (rescaled == "tensor") * 4 * tasks * len(base)
     return Made(partial(_score_with, given, rebuilt), weights_bytes(given.domain.base) + beside, beside)
+
+
+def _ratio(above: Iterable[Tensor], below: Iterable[Tensor]) -> float:
+    """Return the quotient of two sums of magnitudes; 1 for nothing by nothing."""
+    sums = [sum(float(tensor.double().abs().sum()) for tensor in tensors) for tensors in (above, below)]
+    return sums[0] / sums[1] if sums[1] else 1.0
 
 
 def _length(given: Checkpoints, task: str) -> float:
@@ -409,7 +412,7 @@ CONTENDERS = {
     "EMR": _merge(),
     "EMR tensor_mean": _merge(rescale="tensor_mean"),
     "EMR least_squares": _merge(rescale="least_squares"),
-    "EMR per tensor": Contender(varied, {"per_tensor": True}),
+    "EMR per tensor": Contender(varied, {"rescaled": "tensor"}),
     "EMR trimmed": Contender(varied, {"prepare": "trim"}),
     "EMR of 3 bits": Contender(varied, {"prepare": "3 bits"}),
     "EMR normalised": Contender(varied, {"prepare": "normalise"}),
@@ -417,11 +420,12 @@ CONTENDERS = {
     "EMR int4": _merge(tau_dtype="int4"),
     "fit": _merge(method="fit"),
     "fit least_squares": _merge(method="fit", rescale="least_squares"),
-    "fit per tensor": Contender(varied, {"method": "fit", "per_tensor": True}),
+    "fit per tensor": Contender(varied, {"method": "fit", "rescaled": "tensor"}),
     "fit int8": _merge(method="fit", tau_dtype="int8"),
     "fit int4": _merge(method="fit", tau_dtype="int4"),
     "fit int2": _merge(method="fit", tau_dtype="int2"),
     "levels": _merge(method="levels"),
+    "levels rescaled": Contender(varied, {"method": "levels", "rescaled": "task"}),
     "levels int8": _merge(method="levels", tau_dtype="int8"),
     "levels int4": _merge(method="levels", tau_dtype="int4"),
     "levels int2": _merge(method="levels", tau_dtype="int2"),

@@ -40,13 +40,6 @@ def unpack(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return _unpack_flat(packed, 0, int(np.prod(shape, dtype=np.int64))).to(torch.bool).reshape(shape)
 
 
-def count(masks: Tensor) -> Tensor:
-    """How many elements each of N masks has, of `(N, n)` bool: int64, on the CPU."""
-    if masks.device.type == "cpu":
-        return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()])  # many times faster than torch
-    return masks.sum(1).cpu()
-
-
 def is_empty(packed: Tensor) -> bool:
     """Whether a packed mask has no element."""
     return not (packed.numpy().any() if packed.device.type == "cpu" else bool(packed.any()))

@@ -124,7 +124,7 @@ class Sums:
     square_tau: float = 0.0  # sum tau_t^2
     square_kept: float = 0.0  # sum M_t tau^2
     product: float = 0.0  # sum tau_t M_t tau
-    agreeing: int = 0  # elements that what is rebuilt moves the same way as the finetune did
+    agreeing: int = 0  # elements of the elected sign, all of which are in EMR's mask
 
     @classmethod
     def total(cls, parts: Iterable[Sums]) -> Sums:
@@ -141,7 +141,7 @@ class Sums:
 
     @property
     def sign_conflict(self) -> float:
-        """Share of the moved elements that are not moved in that direction any more: they lost the election."""
+        """Share of the moved elements whose direction lost the election."""
         return 1 - self.agreeing / self.nonzero if self.nonzero else 0.0
 
     @property
@@ -188,8 +188,8 @@ class Partial:
     Attributes:
         sums: `(units, N, 5)` float64: for each task sum |tau_t|, sum M_t |tau|, sum tau_t^2, sum M_t tau^2 and
             sum tau_t M_t tau.
-        counts: `(N, 2)` int64: elements that moved, and elements in the mask. Where these are not all that move the
-            same way, `(N, 3)`: also how many do.
+        counts: `(N, 2)` int64: elements that moved, and elements in the mask. Where these are not all of the elected
+            sign, `(N, 3)`: also how many are.
         squares: `(units, 2)` float64: sum tau^2 before rounding to a narrower dtype than float32, and the sum of the
             squares of what the rounding changed; zeros where nothing is rounded.
         numel: the elements.
@@ -264,7 +264,7 @@ def whole_sums(terms: Tensor, units: Tensor) -> Tensor:
     return total
 
 
-def _in_segments(values: Tensor) -> Tensor:
+def in_segments(values: Tensor) -> Tensor:
     """`(..., n)` as `(..., segments, SEGMENT)`, filled up with zeros."""
     padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % SEGMENT))
     return padded.reshape(*values.shape[:-1], -1, SEGMENT)
@@ -327,7 +327,7 @@ def _elect_with_torch(
 ) -> Partial:
     """[`elect_block`], by its definition."""
     taus = finite_task_vectors(base, finetunes, start, device)
-    abs_tau = _in_segments(taus.abs())  # (N, segments, SEGMENT)
+    abs_tau = in_segments(taus.abs())  # (N, segments, SEGMENT)
     largest = abs_tau.amax(-1)
     exact = elect(taus)
     tau = exact.to(tau_out.dtype) + 0.0  # no -0.0 of underflow either
@@ -342,7 +342,7 @@ def _elect_with_torch(
     scale, scale_used = scales(largest), scales(largest.amax(0))
     unit, unit_used = 1 / scale.to(torch.float64), 1 / scale_used.to(torch.float64)
     moved = abs_tau * scale[..., None]
-    kept = _in_segments(masks * used.abs()) * scale_used[..., None]
+    kept = in_segments(masks * used.abs()) * scale_used[..., None]
     for column, (terms, units) in enumerate(
         (
             (moved, unit),
@@ -357,7 +357,7 @@ def _elect_with_torch(
     part.counts[:, 1] = masks.count_nonzero(1)
     if tau.dtype != torch.float32:
         for column, values in enumerate((exact, exact - used)):
-            sizes = _in_segments(values.abs())
+            sizes = in_segments(values.abs())
             scale = scales(sizes.amax(-1))
             terms = (sizes * scale[..., None]).square()
             part.squares[:, column] = whole_sums(terms, 1 / scale.to(torch.float64).square())

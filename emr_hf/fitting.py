@@ -14,7 +14,18 @@ from torch import Tensor
 
 from . import bits, kernels, lowbit
 from .bits import StoredVector
-from .election import BLOCK, RESCALERS, TAU_DTYPES, Partial, TaskVector, elect, finite_task_vectors, mask, scales
+from .election import (
+    BLOCK,
+    RESCALERS,
+    TAU_DTYPES,
+    Partial,
+    TaskVector,
+    elect,
+    finite_task_vectors,
+    in_segments,
+    scales,
+    whole_sums,
+)
 from .errors import OptionError, check_choice
 
 METHODS = ("emr", "fit", "levels")
@@ -71,12 +82,6 @@ def fit_vector(taus: Tensor, rescalers: Tensor) -> Tensor:
         best = torch.where(better, above / below, best)
         explained = torch.where(better, gain, explained)
     return best
-
-
-def fitted_mask(taus: Tensor, tau: Tensor, rescalers: Tensor) -> Tensor:
-    """M_t = [lambda_t tau is nearer to tau_t than 0 is], bool, `(N, n)`."""
-    half = tau.abs() * rescalers[:, None] / 2
-    return (taus * tau.sign() > half) & (half > 0)
 
 
 def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,26 +184,31 @@ class TensorFit:
         base = self.base[block].to(self.device)
         given = [TaskVector(one[block]) if isinstance(one, StoredVector) else one[block] for one in self.finetunes]
         taus = finite_task_vectors(base, given, block.start, self.device)
-        start, deviations, exact = self._solve(base, taus)
+        start, exact = self._solve(base, taus)
         tau, scales, used = self._stored(exact)
-        masks = self._masks(deviations, used)
-        rebuilt = masks * used + (start.to(torch.float32) - base.to(torch.float32))
-        partial = _sums(taus, rebuilt, masks, exact, used)
-        return Fitted(start, tau, scales, [bits.pack(one) for one in masks], partial)
+        levels = self.method == "levels"
+        shift = start.to(torch.float32) - base.to(torch.float32) if levels else None
+        masks, part = compare(taus, used, shift, self._thresholds(), of_moves=levels)
+        if used is not tau:
+            part.squares = torch.stack([one.double().square().sum() for one in (exact, exact - used)])[None].cpu()
+        return Fitted(start, tau, scales, masks, part)
 
-    def _solve(self, base: Tensor, taus: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the vector is added to, the finetunes' deviations from that, and the vector."""
+    def _solve(self, base: Tensor, taus: Tensor) -> tuple[Tensor, Tensor]:
+        """What the vector is added to, in the base's dtype, and the vector."""
         if self.method == "emr":
-            return base, taus, elect(taus)
+            return base, elect(taus)
         if self.method == "fit":
-            return base, taus, fit_vector(taus, self.rescalers.to(taus.device))
+            return base, fit_vector(taus, self.rescalers.to(taus.device))
         low, high = two_levels(taus)
         swap = high.abs() < low.abs()
         near, far = torch.where(swap, high, low), torch.where(swap, low, high)
-        exact_start = base.to(torch.float32) + near
-        start = exact_start.to(base.dtype)
-        shift = start.to(torch.float32) - base.to(torch.float32)
-        return start, taus - shift, torch.where(far == near, 0, far - shift)
+        start = (base.to(torch.float32) + near).to(base.dtype)
+        return start, torch.where(far == near, 0, far - (start.to(torch.float32) - base.to(torch.float32)))
+
+    def _thresholds(self) -> Tensor:
+        """Rescalers by which masks are found."""
+        by_sign = torch.zeros_like(self.rescalers)
+        return {"emr": by_sign, "fit": self.rescalers, "levels": by_sign + 1}[self.method]
 
     def _stored(self, exact: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The vector as it is stored, the scales of its codes, and its values then."""
@@ -207,35 +217,60 @@ class TensorFit:
             codes, scales = lowbit.encode(rows, self.bits)
             return codes, scales, lowbit.Codes(codes, scales, self.bits, rows.shape).dense().reshape(-1)
         tau = exact.to(TAU_DTYPES.get(self.tau_dtype, torch.float32)) + 0.0  # no -0.0 of underflow
+        if tau.dtype == torch.float32:
+            return tau, None, tau
         used = tau.to(torch.float32)
         if not torch.isfinite(used).all():
             raise OptionError(f"the unified task vector overflows {tau.dtype}: choose tau_dtype='float32'")
         return tau, None, used
 
-    def _masks(self, deviations: Tensor, used: Tensor) -> Tensor:
-        if self.method == "emr":
-            return mask(deviations, used)
-        rescalers = self.rescalers if self.method == "fit" else torch.ones(len(deviations))
-        return fitted_mask(deviations, used, rescalers.to(used.device))
+
+def compare(
+    taus: Tensor, used: Tensor, shift: Tensor | None, rescalers: Tensor, of_moves: bool
+) -> tuple[list[Tensor], Partial]:
+    """Masks, and the sums that rescalers and report are made of.
+
+    Task t's mask has the elements that `lambda_t tau` is nearer to than 0 is; with a rescaler of 0, those of its sign.
+
+    Args:
+        taus: `(N, n)` float32.
+        used: `(n,)` float32: the vector as it is stored.
+        shift: `(n,)` float32: what all tasks move by before the vector is added, `None` for nothing.
+        rescalers: `(N,)` float32.
+        of_moves: whether an element agrees that moves as the task's own did, or one that moves as the vector does.
+
+    Returns:
+        N packed masks, and sums in which `M_t tau` is what the task moves by in all.
+    """
+    count, tasks = used.numel(), len(taus)
+    part = Partial.empty(count, tasks)
+    part.counts = torch.zeros(tasks, 3, dtype=torch.int64)
+    if kernels.takes(taus, used, *([] if shift is None else [shift])):
+        masks = [torch.empty(bits.packed_size(count), dtype=torch.uint8) for _ in taus]
+        kernels.compare(taus, used, shift, rescalers, of_moves, masks, part.sums, part.counts)
+        return masks, part
+    start = torch.zeros_like(used) if shift is None else shift
+    inside = ((taus - start) * used.sign() > used.abs() * rescalers.to(used.device)[:, None] * 0.5) & (used != 0)
+    moves = inside * used + start
+    agreeing = taus * (moves if of_moves else used).sign() > 0
+    part.counts = torch.stack([one.sum(1) for one in (taus != 0, inside, agreeing)], 1).cpu()
+    if count:
+        part.sums = _sums(taus, moves).cpu()
+    return [bits.pack(one) for one in inside], part
 
 
-def _sums(taus: Tensor, rebuilt: Tensor, masks: Tensor, exact: Tensor, used: Tensor) -> Partial:
-    """The sums of a block: `rebuilt`, `(N, n)` float32, is what stands for the task vectors."""
-    part = Partial.empty(0, len(taus))
-    part.numel = len(exact)
-    if part.numel == 0:
-        return part
-    part.counts = torch.stack([bits.count(one) for one in (taus != 0, masks, taus * rebuilt.sign() > 0)], 1)
-    # To the scale of the largest, that squares do not underflow.
-    scale = scales(torch.maximum(taus.abs().amax(), rebuilt.abs().amax()))
-    unit = 1 / float(scale)
-    taus, rebuilt = taus * scale, rebuilt * scale
-    lengths = [_total(terms) for terms in (taus.abs(), rebuilt.abs())]
-    squares = [_total(terms) for terms in (taus * taus, rebuilt * rebuilt, taus * rebuilt)]
-    part.sums = torch.stack([*(unit * one for one in lengths), *(unit**2 * one for one in squares)], -1)[None].cpu()
-    part.squares = torch.stack([_total(one.double().square()) for one in (exact, exact - used)])[None].cpu()
-    return part
-
-
-def _total(terms: Tensor) -> Tensor:
-    return terms.sum(-1, dtype=torch.float64)
+def _sums(taus: Tensor, moves: Tensor) -> Tensor:
+    """Those of a `Partial`, `(units, N, 5)` float64."""
+    scaled = []
+    for values in map(in_segments, (taus, moves)):
+        scale = scales(values.abs().amax(-1))
+        scaled.append((values * scale[..., None], 1 / scale.to(torch.float64)))
+    (a, unit_a), (b, unit_b) = scaled
+    columns = (
+        (a.abs(), unit_a),
+        (b.abs(), unit_b),
+        (a * a, unit_a * unit_a),
+        (b * b, unit_b * unit_b),
+        (a * b, unit_a * unit_b),
+    )
+    return torch.stack([whole_sums(terms, units) for terms, units in columns], -1).transpose(0, 1)

@@ -48,6 +48,7 @@ if _library is not None:
     _library.emr_fit_tasks.restype = ctypes.c_int64
     _library.emr_fit_vector.restype = None
     _library.emr_two_levels.restype = None
+    _library.emr_compare.restype = None
     _library.emr_decode.restype = None
 
 
@@ -146,6 +147,35 @@ def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
     count, tasks = ctypes.c_int64(values.shape[1]), ctypes.c_int64(len(values))
     _library.emr_two_levels(_level, count, tasks, _address(values), _address(low), _address(high))
     return low, high
+
+
+def compare(
+    taus: Tensor,
+    used: Tensor,
+    shift: Tensor | None,
+    rescalers: Tensor,
+    of_moves: bool,
+    masks: Sequence[Tensor],
+    sums: Tensor,
+    counts: Tensor,
+) -> None:
+    """`fitting.compare`, into zeros."""
+    assert _library is not None
+    tasks, count = taus.shape
+    rescalers = rescalers.to(torch.float32).contiguous()
+    _library.emr_compare(
+        _level,
+        ctypes.c_int64(count),
+        ctypes.c_int64(tasks),
+        _address(taus),
+        _address(used),
+        None if shift is None else _address(shift),
+        _address(rescalers),
+        ctypes.c_int32(of_moves),
+        (ctypes.c_void_p * tasks)(*(mask.data_ptr() for mask in masks)),
+        _address(sums),
+        _address(counts),
+    )
 
 
 def decode(codes: Tensor, scales: Tensor, bits: int, start: int, count: int, columns: int) -> Tensor:

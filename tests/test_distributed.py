@@ -118,6 +118,8 @@ def jobs(bert_inputs, tmp_path_factory):
     return {
         "full": {"base": base, "finetunes": full},
         "sharded": {"base": base, "finetunes": full, **narrow},
+        "fit": {"base": base, "finetunes": full, "method": "fit", "tau_dtype": "int4"},
+        "levels": {"base": base, "finetunes": full, "method": "levels"},
         "lora": {"base": base, "finetunes": {"lora": folder / "LORA1", "full": full["items"]}},
         "ia3": {"base": base, "finetunes": {"one": folder / "IA32", "two": folder / "IA33"}, "save_as": "peft"},
         "merged": {"base": base, "finetunes": {"a": full["items"], "bad": merged}},

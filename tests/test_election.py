@@ -186,7 +186,7 @@ def test_neither_blocks_nor_their_order_show(tau_dtype):
 @given(st.lists(values, min_size=1, max_size=3 * election.SEGMENT), st.randoms(use_true_random=False))
 @settings(max_examples=40, deadline=None)
 def test_whole_sums_have_no_order_and_are_right(values, random):
-    segments = election._in_segments(torch.tensor(values).abs())
+    segments = election.in_segments(torch.tensor(values).abs())
     scale = election.scales(segments.amax(-1))
     terms, units = segments * scale[:, None], 1 / scale.double()
     assert float(terms.max()) < 1

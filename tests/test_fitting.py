@@ -44,7 +44,9 @@ def subsets(tasks):
 
 def error_of(taus, tau, rescalers):
     """Squares left by a vector and the masks that go with it, by element."""
-    return (taus - rescalers[:, None] * fitting.fitted_mask(taus, tau, rescalers) * tau).square().sum(0)
+    masks, _ = fitting.compare(taus, tau, None, rescalers, False)
+    kept = torch.stack([bits.unpack(mask, tau.shape) for mask in masks])
+    return (taus - rescalers[:, None] * kept * tau).square().sum(0)
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 6])
@@ -90,6 +92,35 @@ def test_the_compiled_loops_give_the_bits_of_the_definition(level, data):
         patch.setattr(kernels, "fits", LOOPS["torch"])
         expected = fitting.fit_vector(taus, rescalers), *fitting.two_levels(taus)
     assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the compiled loops were not built (no C++ compiler)")
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("numel", [1, 7, 1000, 1 << 14, 40001])
+def test_the_compiled_comparison_gives_the_bits_of_the_definition(level, shifted, numel, monkeypatch):
+    taus = task_vectors(3, numel) * 10.0 ** torch.randint(-30, 3, (1, numel))
+    used, rescalers = taus[:2].mean(0), torch.tensor([0.0, 0.7, 1.3])
+    used[::5] = 0
+    shift = used.roll(1) * 0.5 if shifted else None
+    monkeypatch.setattr(kernels, "_level", level)
+    masks, part = fitting.compare(taus, used, shift, rescalers, shifted)
+    monkeypatch.setattr(kernels, "takes", lambda *tensors: False)
+    expected_masks, expected = fitting.compare(taus, used, shift, rescalers, shifted)
+    assert all(torch.equal(*pair) for pair in zip(masks, expected_masks))
+    assert torch.equal(part.counts, expected.counts) and torch.equal(part.sums, expected.sums)
+
+
+def test_the_sums_are_those_of_float64():
+    taus, used, shift = task_vectors(4, 40001), torch.randn(40001), 0.1 * torch.randn(40001)
+    masks, part = fitting.compare(taus, used, shift, torch.ones(4), True)
+    moves = torch.stack([bits.unpack(mask, used.shape) for mask in masks]).double() * used + shift
+    expected = [taus.abs(), moves.abs(), taus.double().square(), moves.square(), taus * moves]
+    torch.testing.assert_close(
+        part.sums.sum(0).T, torch.stack([one.double().sum(1) for one in expected]), rtol=1e-6, atol=1e-6
+    )
+    assert part.counts[:, 0].tolist() == taus.count_nonzero(1).tolist()
+    assert part.counts[:, 2].tolist() == (taus * moves > 0).sum(1).tolist()
 
 
 def test_more_tasks_than_the_compiled_loops_take_are_left_to_torch():

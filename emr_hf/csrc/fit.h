@@ -85,6 +85,63 @@ void two_levels(int64_t count, int64_t tasks, const float *values, float *low, f
     }
 }
 
+// One task of a segment of `fitting.compare`, from its first element on. `move`: scratch of SEGMENT.
+void compare_segment(int64_t length, const float *tau, const float *used, const float *shift, float rescaler,
+                     bool of_moves, float *move, uint8_t *mask, double *sums, int64_t *counts) {
+    i8 largest_tau = {0}, largest_move = {0}, moved = {0}, chosen = {0}, agreeing = {0};
+    const f8 zero = {};
+    for (int64_t i = 0; i < length; i += 8) {
+        const f8 value = load(tau, i, length), vector = load(used, i, length);
+        const f8 from = shift ? load(shift, i, length) : zero;
+        const i8 sign = (i8)vector & SIGN, size = (i8)vector & MAGNITUDE;
+        const i8 inside = ((f8)((i8)(value - from) ^ sign) > (f8)size * rescaler * 0.5f) & (size != 0);
+        const f8 moves = only(inside, vector) + from, direction = of_moves ? moves : vector;
+        store(move, i, SEGMENT, moves);
+        mask[i / 8] = to_bits(inside);
+        largest_tau = larger(largest_tau, (i8)value & MAGNITUDE);
+        largest_move = larger(largest_move, (i8)moves & MAGNITUDE);
+        moved -= value != zero;
+        chosen -= inside;
+        agreeing -= ((f8)((i8)value ^ ((i8)direction & SIGN)) > zero) & (direction != zero);
+    }
+    for (int lane = 0; lane < 8; lane++) counts[0] += moved[lane], counts[1] += chosen[lane], counts[2] += agreeing[lane];
+    const float scale = scale_of(largest_of(largest_tau)), scale_moves = scale_of(largest_of(largest_move)), up = ONE;
+    Sum first, second, square, square_moves, along, against;
+    for (int64_t from = 0; from < length; from += 8 * ADDITIONS) {
+        for (int64_t i = from; i < at_most(from + 8 * ADDITIONS, length); i += 8) {
+            const f8 value = load(tau, i, length) * scale, moves = load(move, i, SEGMENT) * scale_moves;
+            const i8 opposite = ((i8)value ^ (i8)moves) >> 31;
+            const f8 a = (f8)((i8)value & MAGNITUDE), b = (f8)((i8)moves & MAGNITUDE);
+            const i8 product = rounded(a * b * up);
+            first.add(rounded(a * up));
+            second.add(rounded(b * up));
+            square.add(rounded(a * a * up));
+            square_moves.add(rounded(b * b * up));
+            along.add(product & ~opposite);
+            against.add(product & opposite);
+        }
+        first.carry(), second.carry(), square.carry(), square_moves.carry(), along.carry(), against.carry();
+    }
+    const double unit = 1.0 / scale, unit_moves = 1.0 / scale_moves;
+    sums[0] += first.total() * unit;
+    sums[1] += second.total() * unit_moves;
+    sums[2] += square.total() * (unit * unit);
+    sums[3] += square_moves.total() * (unit_moves * unit_moves);
+    sums[4] += (along.total() - against.total()) * (unit * unit_moves);
+}
+
+// `fitting.compare`. taus: (tasks, count); used, and shift unless it is null: (count,); rescalers: (tasks,); masks: each
+// task's packed mask; sums: (units, tasks, 5), zeros; counts: (tasks, 3), zeros.
+void compare(int64_t count, int64_t tasks, const float *taus, const float *used, const float *shift,
+             const float *rescalers, bool of_moves, uint8_t *const *masks, double *sums, int64_t *counts) {
+    alignas(64) float move[SEGMENT];
+    for (int64_t start = 0; start < count; start += SEGMENT)
+        for (int64_t t = 0; t < tasks; t++)
+            compare_segment(at_most(count - start, SEGMENT), taus + t * count + start, used + start,
+                            shift ? shift + start : nullptr, rescalers[t], of_moves, move, masks[t] + start / 8,
+                            sums + (start / UNIT * tasks + t) * 5, counts + t * 3);
+}
+
 // `lowbit.Codes.__getitem__`: elements from `start` on, of codes that begin with that element's.
 template <int BITS>
 void decode(int64_t count, int64_t start, int64_t columns, const uint8_t *codes, const float *scales, float *out) {

@@ -106,6 +106,16 @@ void emr_two_levels(int32_t level, int64_t count, int64_t tasks, const float *va
     plain::two_levels(count, tasks, values, low, high);
 }
 
+void emr_compare(int32_t level, int64_t count, int64_t tasks, const float *taus, const float *used,
+                 const float *shift, const float *rescalers, int32_t of_moves, uint8_t *const *masks, double *sums,
+                 int64_t *counts) {
+#ifdef EMR_HAS_AVX2
+    if (level && fast())
+        return avx2::compare(count, tasks, taus, used, shift, rescalers, of_moves, masks, sums, counts);
+#endif
+    plain::compare(count, tasks, taus, used, shift, rescalers, of_moves, masks, sums, counts);
+}
+
 void emr_decode(int32_t level, int64_t count, int64_t start, int64_t columns, int64_t bits, const uint8_t *codes,
                 const float *scales, float *out) {
 #ifdef EMR_HAS_AVX2
