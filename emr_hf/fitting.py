@@ -6,6 +6,7 @@ one side of a threshold is one of N prefixes, and each prefix has its best level
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,14 +71,15 @@ def fit_vector(taus: Tensor, rescalers: Tensor) -> Tensor:
     if kernels.fits(taus):
         return kernels.fit_vector(taus, rescalers)
     z, weighted, weights = taus / rescalers[:, None], taus * rescalers[:, None], rescalers.square()
-    best, explained = torch.zeros_like(z[0]), torch.zeros_like(z[0])
+    best = torch.zeros_like(z[0])
+    explained = best.to(torch.float64)  # which holds the squares of all float32 numbers
     for threshold in z:
         above, below = torch.zeros_like(best), torch.zeros_like(best)
         sides = torch.where(threshold > 0, z, -z) >= threshold.abs()
         for inside, value, weight in zip(sides, weighted, weights):
             above += torch.where(inside, value, 0)
             below += torch.where(inside, weight, 0)
-        gain = above * above / below
+        gain = above.to(torch.float64).square() / below.to(torch.float64)
         better = (gain > explained) & (threshold != 0)
         best = torch.where(better, above / below, best)
         explained = torch.where(better, gain, explained)
@@ -91,11 +93,11 @@ def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
         values: `(N, n)` float32, finite.
 
     Returns:
-        low and high, `(n,)` float32 each; equal where all N numbers are, and the two numbers themselves of two.
+        low and high, `(n,)` float32 each; equal where all N numbers are, and of two the numbers themselves.
     """
     if kernels.fits(values):
         return kernels.two_levels(values)
-    best_low, best_high, explained = values[0], values[0], torch.zeros_like(values[0])
+    best_low, best_high, explained = values[0], values[0], torch.zeros_like(values[0], dtype=torch.float64)
     for threshold in values:
         above, below, members = (torch.zeros_like(threshold) for _ in range(3))
         for value in values:
@@ -105,8 +107,7 @@ def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
             members += inside
         others = len(values) - members
         high, low = above / members, below / others.clamp_min(1)
-        gap = high - low
-        between = gap * gap * (members * others)
+        between = (high - low).to(torch.float64).square() * (members * others).to(torch.float64)
         better = between > explained
         best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
         explained = torch.where(better, between, explained)
@@ -153,8 +154,8 @@ class TensorFit:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        self.shape = self.base.shape
-        self.bits = lowbit.BITS[self.tau_dtype] if lowbit.is_packed(self.tau_dtype, self.shape) else None
+        self.bits = lowbit.BITS[self.tau_dtype] if lowbit.is_packed(self.tau_dtype, self.base.shape) else None
+        self.columns = lowbit.columns_of(self.base.shape) or 1
         self.base = self.base.reshape(-1)
         self.finetunes = [given if isinstance(given, StoredVector) else given.reshape(-1) for given in self.finetunes]
 
@@ -162,9 +163,9 @@ class TensorFit:
         """Pieces of the flat tensor, whole rows where the vector is in codes; one of no elements if it is empty."""
         numel = self.base.numel()
         step = max(BLOCK // len(self.finetunes) // 8, 1) * 8
-        if self.bits is not None and numel:
-            columns = numel // self.shape[0]
-            step = max(step // columns // 8, 1) * 8 * columns
+        if self.bits is not None:
+            whole = math.lcm(self.columns, 8)  # rows, and bytes of the masks
+            step = max(step // whole, 1) * whole
         return [slice(start, min(start + step, numel)) for start in range(0, max(numel, 1), step)]
 
     def code_bytes(self, start: int) -> int:
@@ -173,7 +174,7 @@ class TensorFit:
 
     def row(self, start: int) -> int:
         """The row that begins at an element."""
-        return start * self.shape[0] // max(self.base.numel(), 1)
+        return start // self.columns
 
     def run(self, block: slice) -> Fitted:
         """Fit one of the blocks.
@@ -189,8 +190,9 @@ class TensorFit:
         levels = self.method == "levels"
         shift = start.to(torch.float32) - base.to(torch.float32) if levels else None
         masks, part = compare(taus, used, shift, self._thresholds(), of_moves=levels)
-        if used is not tau:
-            part.squares = torch.stack([one.double().square().sum() for one in (exact, exact - used)])[None].cpu()
+        if self.tau_dtype != "float32":
+            changes = torch.where(exact == 0, 0, exact - used)  # codes have no zero, nor needs a mask one
+            part.squares = torch.stack([one.double().square().sum() for one in (exact, changes)])[None].cpu()
         return Fitted(start, tau, scales, masks, part)
 
     def _solve(self, base: Tensor, taus: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,17 +214,17 @@ class TensorFit:
 
     def _stored(self, exact: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The vector as it is stored, the scales of its codes, and its values then."""
-        if self.bits is not None and exact.numel():
-            rows = exact.view(-1, self.base.numel() // self.shape[0])
-            codes, scales = lowbit.encode(rows, self.bits)
-            return codes, scales, lowbit.Codes(codes, scales, self.bits, rows.shape).dense().reshape(-1)
-        tau = exact.to(TAU_DTYPES.get(self.tau_dtype, torch.float32)) + 0.0  # no -0.0 of underflow
-        if tau.dtype == torch.float32:
-            return tau, None, tau
-        used = tau.to(torch.float32)
+        scales = None
+        if self.bits is not None:
+            rows = exact.view(-1, self.columns)
+            tau, scales = lowbit.encode(rows, self.bits)
+            used = lowbit.Codes(tau, scales, self.bits, rows.shape).dense().reshape(-1)
+        else:
+            tau = exact.to(TAU_DTYPES.get(self.tau_dtype, torch.float32)) + 0.0  # no -0.0 of underflow
+            used = tau.to(torch.float32)
         if not torch.isfinite(used).all():
-            raise OptionError(f"the unified task vector overflows {tau.dtype}: choose tau_dtype='float32'")
-        return tau, None, used
+            raise OptionError(f"the unified task vector, or what leads to it, overflows in {self.tau_dtype}")
+        return tau, scales, used
 
 
 def compare(

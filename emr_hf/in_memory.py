@@ -80,7 +80,7 @@ def merge_state_dicts(
         else:
             rescalers = torch.ones(len(finetunes))
             if method == "fit":
-                first = zip(*(work.elect(name) for name in names))
+                first = zip(*(work.elect(name, keep=False) for name in names))
                 rescalers = torch.tensor([election.rescaler(parts, "least_squares") for parts in first])
             sums = [work.fit(name, method, rescalers) for name in names]
     for (task, state_dict), parts in zip(finetunes.items(), zip(*sums)):
@@ -99,7 +99,7 @@ class _Work:
     result: Merge
     threads: int
 
-    def elect(self, name: str) -> list[Sums]:
+    def elect(self, name: str, keep: bool = True) -> list[Sums]:
         """The election of one tensor; returns each task's sums."""
         tau, packed = self._outputs(name)
         tensor = TensorElection(self.base[name], [weights[name] for weights in self.finetunes.values()])
@@ -108,12 +108,15 @@ class _Work:
             where = slice(block.start // 8, bits.packed_size(block.stop))
             return tensor.run(block, tau.view(-1)[block], [mask[where] for mask in packed])
 
-        return self._run(name, one, tensor.blocks(), tau, packed)
+        sums = self._run(name, one, tensor.blocks())
+        if keep:
+            self._keep(name, tau, packed)
+        return sums
 
     def fit(self, name: str, method: str, rescalers: Tensor) -> list[Sums]:
         """The fit of one tensor; returns each task's sums."""
         tau, packed = self._outputs(name)
-        start = torch.empty_like(self.base[name], memory_format=torch.contiguous_format)
+        start = torch.empty_like(self.base[name], memory_format=torch.contiguous_format)  # only levels move it
         inputs = [weights[name] for weights in self.finetunes.values()]
         tensor = TensorFit(self.base[name], inputs, method, "float32", rescalers)
 
@@ -124,23 +127,26 @@ class _Work:
                 mask[block.start // 8 : bits.packed_size(block.stop)] = part
             return fitted.partial
 
+        sums = self._run(name, one, tensor.blocks())
+        self._keep(name, tau, packed)
         if method == "levels":
             self.result.base[name] = start
-        return self._run(name, one, tensor.blocks(), tau, packed)
+        return sums
 
     def _outputs(self, name: str) -> tuple[Tensor, list[Tensor]]:
         numel = self.base[name].numel()
         packed = [torch.zeros(bits.packed_size(numel), dtype=torch.uint8) for _ in self.finetunes]
         return torch.zeros(self.base[name].shape), packed
 
-    def _run(
-        self, name: str, one: Callable[[slice], Partial], blocks: list[slice], tau: Tensor, packed: list[Tensor]
-    ) -> list[Sums]:
+    def _run(self, name: str, one: Callable[[slice], Partial], blocks: list[slice]) -> list[Sums]:
         try:
             parts = list(run_all((partial(one, block) for block in blocks), self.threads))
         except NonFiniteError as error:
-            raise error.located(name, tau.shape, ["base", *self.finetunes][error.source + 1]) from None
+            shape = self.base[name].shape
+            raise error.located(name, shape, ["base", *self.finetunes][error.source + 1]) from None
+        return TensorSums.total(parts).tasks
+
+    def _keep(self, name: str, tau: Tensor, packed: list[Tensor]) -> None:
         self.result.tau[name] = tau
         for task, mask in zip(self.finetunes, packed):
             self.result.masks[task][name] = bits.unpack(mask, tau.shape)
-        return TensorSums.total(parts).tasks

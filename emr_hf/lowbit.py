@@ -1,13 +1,15 @@
 """The unified vector in a few bits an element, with a scale for each row.
 
 A code c of b bits stands for `(c - (2^b - 1) / 2) * scale`: no code is zero, so a code keeps the sign that was
-elected, and what is nowhere in a mask may have any. Codes are packed in the order of the flat tensor, the first of a
-byte in its lowest bits. A row is what one index of the first dimension selects, as an output of a linear layer.
+elected, and what is in no mask may have any. Codes are packed in the order of the flat tensor, the first of a byte in
+its lowest bits. A row is the shortest run of last dimensions with 32 elements: the inputs of one output of a linear or
+convolutional layer, of one expert's too.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,22 +21,33 @@ from .storage import TensorInfo
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 """dtype of a vector -> bits of a code."""
 
-# Elements of a row; of a shorter one the scale would take more room than codes save.
-_SHORTEST = 8
+# Elements of a row; of a shorter one the scale would take more than one bit an element.
+_SHORTEST = 32
 # Where the search for a row's scale begins, as a share of its values' mean magnitude, and how often it goes on.
 _FIRST_SCALE = {4: 0.45, 2: 1.0}
 _ROUNDS = 6
 
 
-def is_packed(dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of the vector is stored in codes: what has no rows to speak of, as a bias, stays float32."""
-    return dtype in BITS and len(shape) > 1 and shape[0] > 1 and torch.Size(shape[1:]).numel() >= _SHORTEST
+def columns_of(shape: Sequence[int]) -> int | None:
+    """Elements of a row; `None` where a tensor has no two rows, as a bias."""
+    columns = 1
+    for size in reversed(shape[1:]):
+        columns *= size
+        if columns >= _SHORTEST:
+            return columns if torch.Size(shape).numel() > columns else None
+    return None
 
 
-def infos(dtype: str, shape: tuple[int, ...]) -> tuple[TensorInfo, TensorInfo]:
+def is_packed(dtype: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of the vector is stored in codes; one without rows stays float32."""
+    return dtype in BITS and columns_of(shape) is not None
+
+
+def infos(dtype: str, shape: Sequence[int]) -> tuple[TensorInfo, TensorInfo]:
     """What is stored of a tensor: its codes, uint8 `(ceil(numel * bits / 8),)`, and scales, float32 `(rows,)`."""
-    size = -(-torch.Size(shape).numel() * BITS[dtype] // 8)
-    return TensorInfo((size,), torch.uint8), TensorInfo((shape[0],), torch.float32)
+    numel = torch.Size(shape).numel()
+    size, rows = -(-numel * BITS[dtype] // 8), numel // (columns_of(shape) or 1)
+    return TensorInfo((size,), torch.uint8), TensorInfo((rows,), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,8 @@ def encode(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of some rows.
 
     Of 8 bits the scale is the least that reaches the row's largest value. Of fewer it pays to cut off the largest:
-    codes and scale are chosen for each other in turn (Lloyd, "Least squares quantization in PCM", 1982).
+    codes and scale are chosen for each other in turn (Lloyd, "Least squares quantization in PCM", 1982). Zeros, which
+    are in no mask, do not count.
 
     Args:
         rows: `(r, columns)` float32, finite. Unless these are the last rows, `r * columns` is a multiple of 8.
@@ -101,18 +115,19 @@ def encode(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 8:
         scales = rows.abs().amax(1) / outermost
     else:
-        scales = rows.abs().mean(1) * _FIRST_SCALE[bits]
+        counted = rows != 0
+        scales = rows.abs().sum(1) / counted.sum(1).clamp_min(1) * _FIRST_SCALE[bits]
         for _ in range(_ROUNDS):
-            nearest = _nearest(rows, scales, bits)
-            scales = (nearest * rows).sum(1) / nearest.square().sum(1)
+            nearest = _nearest(rows, scales, bits) * counted
+            scales = (nearest * rows).sum(1) / nearest.square().sum(1).clamp_min(1)
     codes = (_nearest(rows, scales, bits) + outermost).to(torch.uint8).reshape(-1)
     codes = torch.nn.functional.pad(codes, (0, -codes.numel() % (8 // bits))).view(-1, 8 // bits)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes << shifts).sum(1, dtype=torch.uint8), scales
 
 
-def _nearest(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _nearest(rows: Tensor, scales: Tensor, bits: int) -> Tensor:
     """The code nearest to each value, less half of the largest one."""
     outermost = (2**bits - 1) / 2
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    return ((rows * inverse[:, None]).floor() + 0.5).clamp(-outermost, outermost)
+    in_scales = rows / torch.where(scales > 0, scales, 1)[:, None]
+    return (in_scales.floor() + 0.5).clamp(-outermost, outermost)

@@ -78,11 +78,13 @@ def write_lora(repo: FinishedRepo, task: str, folder: Path, rank: int) -> LoraRe
         what it keeps.
 
     Raises:
-        OptionError: the repo merges vectors, or the task changes nothing that a LoRA can hold.
+        OptionError: the repo merges vectors, or two levels, or the task changes nothing that a LoRA can hold.
     """
     require_peft()
     if repo.config.vectors is not None:
         raise OptionError(f"{repo.folder} merges (IA)³ vectors: write the task as an (IA)³ adapter (--as ia3)")
+    if repo.config.method == "levels":
+        raise OptionError(f"{repo.folder} holds two levels for each weight, not the base that a LoRA is added to")
     skeleton = build_skeleton(repo.source(task), torch.float32)
     kept = repo.task(task, skeleton)
     report = LoraReport(task, rank)

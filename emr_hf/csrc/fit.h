@@ -1,17 +1,28 @@
 // Included by kernels.cpp once for each instruction set, each time into a namespace of its own: the loops of fitting.py
-// and lowbit.py, which define them. In a fit, of each element every set of tasks is tried that a threshold can cut off; the tasks' own values
-// are the thresholds.
+// and lowbit.py, which define them. In a fit, of each element every set of tasks is tried that a threshold can cut off;
+// the tasks' own values are the thresholds.
 
 namespace EMR_BODY {
 namespace {
 
-constexpr int64_t MOST_TASKS = 64;  // more are left to torch
+constexpr int64_t MOST_TASKS = 256;  // more are left to torch
 
 // Neighbouring elements that are worked on together; what a comparison gives is all bits or none.
 constexpr int64_t LANES = 8;
 
 inline f8 only(i8 chosen, f8 values) { return (f8)(chosen & (i8)values); }
 inline f8 choose(i8 chosen, f8 yes, f8 no) { return (f8)((chosen & (i8)yes) | (~chosen & (i8)no)); }
+
+// To compare squares of float32 numbers, none of which is too small or too large for float64.
+typedef double d8 __attribute__((vector_size(64)));
+typedef int64_t l8 __attribute__((vector_size(64)));
+
+inline d8 wide(f8 values) { return __builtin_convertvector(values, d8); }
+inline i8 narrow(l8 chosen) { return __builtin_convertvector(chosen, i8); }
+inline d8 larger_of(d8 a, d8 b) {
+    const l8 chosen = a > b;
+    return (d8)((chosen & (l8)a) | (~chosen & (l8)b));
+}
 
 // Elements from `start` on of a row; zeros behind the last.
 inline f8 load(const float *row, int64_t start, int64_t count) {
@@ -37,7 +48,8 @@ void fit_vector(int64_t count, int64_t tasks, const float *taus, const float *re
             z[t] = tau / rescalers[t];
             weighted[t] = tau * rescalers[t];
         }
-        f8 best = zero, explained = zero;
+        f8 best = zero;
+        d8 explained = {};
         for (int64_t j = 0; j < tasks; j++) {
             const i8 flip = ~(z[j] > zero) & INT32_MIN;  // the sign bit, where the threshold is not positive
             const f8 threshold = (f8)((i8)z[j] ^ flip);
@@ -47,10 +59,10 @@ void fit_vector(int64_t count, int64_t tasks, const float *taus, const float *re
                 above += only(inside, weighted[t]);
                 below += only(inside, weights[t]);
             }
-            const f8 gain = above * above / below;
-            const i8 better = (gain > explained) & (z[j] != zero);
-            best = choose(better, above / below, best);
-            explained = choose(better, gain, explained);
+            // Of a threshold of zero nothing is gained: not even its own side is wanted.
+            const d8 gain = wide(only(z[j] != zero, above)) * wide(above) / wide(below);
+            best = choose(narrow(gain > explained), above / below, best);
+            explained = larger_of(gain, explained);
         }
         store(out, start, count, best);
     }
@@ -62,7 +74,8 @@ void two_levels(int64_t count, int64_t tasks, const float *values, float *low, f
     const f8 zero = {}, one = zero + 1.0f, all = zero + (float)tasks;
     for (int64_t start = 0; start < count; start += LANES) {
         for (int64_t t = 0; t < tasks; t++) x[t] = load(values + t * count, start, count);
-        f8 best_low = x[0], best_high = x[0], explained = zero;
+        f8 best_low = x[0], best_high = x[0];
+        d8 explained = {};
         for (int64_t j = 0; j < tasks; j++) {
             f8 above = zero, below = zero, members = zero;
             for (int64_t t = 0; t < tasks; t++) {
@@ -73,12 +86,11 @@ void two_levels(int64_t count, int64_t tasks, const float *values, float *low, f
             }
             const f8 others = all - members;
             const f8 upper = above / members, lower = below / choose(others > zero, others, one);
-            const f8 gap = upper - lower;
-            const f8 between = gap * gap * (members * others);
-            const i8 better = between > explained;
+            const d8 gap = wide(upper - lower), between = gap * gap * wide(members * others);
+            const i8 better = narrow(between > explained);
             best_low = choose(better, lower, best_low);
             best_high = choose(better, upper, best_high);
-            explained = choose(better, between, explained);
+            explained = larger_of(between, explained);
         }
         store(low, start, count, best_low);
         store(high, start, count, best_high);
