@@ -32,7 +32,7 @@ from typing import Any
 
 import domains
 from cache import cache_root
-from domains import Domain
+from domain import Domain
 from measuring import circumstances, machine_line, write_json
 from methods import BASE, CONTENDERS, INDIVIDUAL, Checkpoints, Contender
 from training import quiet

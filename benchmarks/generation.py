@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from cache import build_once, cache_root
 from causal_lm import base
-from domains import Data, Domain, Examiner, Task
+from domain import Data, Domain, Examiner, Task
 from peft import LoraConfig, get_peft_model
 from registry import ORANGE_TEXT, SMOLLM2, fetch
 from text_data import distinct, read_pair

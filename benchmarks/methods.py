@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from domains import Data, Domain
+from domain import Data, Domain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

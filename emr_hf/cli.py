@@ -189,9 +189,9 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 def _show(result: object, style: str) -> None:
     if style == "json":
-        from .report import to_json
+        from .report import to_json, without_nan
 
-        print(to_json(asdict(result)))  # type: ignore[call-overload]
+        print(to_json(without_nan(asdict(result))))  # type: ignore[call-overload]
     else:
         print(result)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ class Evaluation:
     Attributes:
         repo, task, data: what was measured, and on what.
         rows: how many rows.
-        metrics: name -> value, of the merged model.
+        metrics: name -> value, of the merged model. In the JSON of `emr-hf eval` NaN and infinities are `null`.
         compared: the individual finetune, if one was given.
         compared_metrics: the same of it.
         agreement: share of the rows for which both say the same.
@@ -105,7 +107,8 @@ def evaluate_task(
     Args:
         repo: a merged repo of either layout: a folder or a Hub id.
         data: a `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` file, a folder that `Dataset.save_to_disk` wrote or
-            `datasets.load_dataset` reads, or the Hub id of a data set, `name[:split]`.
+            `datasets.load_dataset` reads, or the Hub id of a data set, `name[:split]`. In a `.tsv` file quotes are
+            characters like any other.
         task (*optional*): the repo's default task, if not given.
         split (*optional*): of the data, where it has several.
         text_column (*optional*): the column of texts or images, or two columns of a pair; found by its name if it is
@@ -123,7 +126,10 @@ def evaluate_task(
     Raises:
         UnknownTaskError: with the nearest names.
         OptionError: the repo does not classify; the data cannot be read, lacks a column or has labels that the task
-            does not; an unknown metric; `datasets` or `evaluate` is not installed. All before the model is loaded.
+            does not; an unknown metric, or none; `datasets` or `evaluate` is not installed. All before a model is
+            loaded. Or, before anything is predicted, the finetune of `compare` cannot be loaded or lacks weights, such
+            as the head. Or, while predicting, a tokenizer makes ids that the model does not have, or an image after
+            the first cannot be opened.
         RepoError: not a merged repo.
     """
     for name, value in (("batch_size", batch_size), ("rows", rows)):
@@ -146,12 +152,13 @@ def evaluate_task(
         return _predictions(model.to(where), prepare, found, batch_size, progress)  # type: ignore[arg-type]
 
     finished = FinishedRepo(repo)
+    # First the finetune, of which more may be wrong than of a repo that has been opened.
+    theirs = [] if other is None else [other.ids[index] for index in predict(other.model(), other.prepare)]
     started = time.perf_counter()
     ours = predict(plain_model(finished, task), prepare)
     result = Evaluation(str(repo), task, str(data), len(references), {}, seconds=time.perf_counter() - started)
     result.metrics = _all_measured(measures, ours, references)
     if other is not None:
-        theirs = [other.ids[index] for index in predict(other.model(), other.prepare)]
         result.compared, result.compared_metrics = str(compare), _all_measured(measures, theirs, references)
         result.agreement = sum(a == b for a, b in zip(ours, theirs)) / len(ours)
     return result
@@ -200,6 +207,8 @@ def _accuracy(predictions: list[int], references: list[int]) -> Mapping[str, Any
 
 def _measures(names: Sequence[str]) -> dict[str, Measure]:
     """Metrics by name; accuracy needs neither the library nor the network."""
+    if not names:
+        raise OptionError("metrics: expected at least one, got none")
     return {name: _accuracy if name == "accuracy" else _loaded(name) for name in names}
 
 
@@ -250,28 +259,62 @@ class _Texts:
     def __init__(self, folder: Path | str, subfolder: str = ""):
         self.tokenizer = AutoTokenizer.from_pretrained(folder, subfolder=subfolder)
 
-    @property
-    def one_by_one(self) -> bool:
-        return self.tokenizer.pad_token is None
+    def one_by_one(self, model: PreTrainedModel) -> bool:
+        """Whether the model would not know padding for what it is."""
+        known = getattr(model.config.get_text_config(), "pad_token_id", None)
+        return self.tokenizer.pad_token is None or self.tokenizer.pad_token_id != known
 
-    def __call__(self, columns: Sequence[Sequence[str]], config: PreTrainedConfig) -> Mapping[str, torch.Tensor]:
-        longest = min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 10**9)
-        limit = {"max_length": longest} if longest < 10**9 else {}
-        return self.tokenizer(
-            *map(list, columns), truncation=bool(limit), padding=not self.one_by_one, return_tensors="pt", **limit
+    def __call__(self, columns: Sequence[Sequence[str]], model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+        longest = min(self.tokenizer.model_max_length, _positions(model))
+        limit = {"max_length": longest} if longest < _UNLIMITED else {}
+        batch = self.tokenizer(
+            *map(list, columns),
+            truncation=bool(limit),
+            padding=not self.one_by_one(model),
+            return_tensors="pt",
+            **limit,
         )
+        known, largest = _vocabulary(model), int(batch["input_ids"].max())
+        if known is not None and largest >= known:
+            raise OptionError(
+                f"{self.tokenizer.name_or_path}: its tokenizer makes the id {largest} "
+                f"({self.tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings of {known} tokens "
+                "only: another model's tokenizer?"
+            )
+        return batch
+
+
+_UNLIMITED = 10**9
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """How many tokens the model takes; where positions are counted from the padding's on, as RoBERTa's, fewer."""
+    for name, module in model.named_modules():
+        first = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and first is not None:
+            return len(module.weight) - first - 1
+    return getattr(model.config, "max_position_embeddings", None) or _UNLIMITED
+
+
+def _vocabulary(model: PreTrainedModel) -> int | None:
+    """How many tokens the model has embeddings of, `None` where they are no table."""
+    try:
+        return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 class _Images:
     """Makes batches of images."""
 
-    one_by_one = False
-
     def __init__(self, folder: Path | str, subfolder: str = ""):
         self.processor = AutoImageProcessor.from_pretrained(folder, subfolder=subfolder)
 
-    def __call__(self, columns: Sequence[Sequence[Any]], config: PreTrainedConfig) -> Mapping[str, torch.Tensor]:
-        colours = getattr(config, "num_channels", 3) != 1
+    def one_by_one(self, model: PreTrainedModel) -> bool:
+        return False
+
+    def __call__(self, columns: Sequence[Sequence[Any]], model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+        colours = getattr(model.config, "num_channels", 3) != 1
         images = [image.convert("RGB" if colours else "L") for image in columns[0]]
         return self.processor(images, return_tensors="pt")
 
@@ -326,14 +369,40 @@ class _Other:
         """The model.
 
         Raises:
-            OptionError: transformers cannot load it.
+            OptionError: transformers cannot load it, or it lacks weights, which would be random.
         """
         if self._finished is not None:
             return plain_model(self._finished, self._task)
         try:
-            return _AUTO[self._kind].from_pretrained(self._place, num_labels=self._count)
+            model, missing = self._loaded()
         except Exception as error:  # whatever transformers says of a checkpoint that does not fit
             raise OptionError(f"compare={self._place!r} cannot be loaded: {one_line(error)}") from None
+        if missing:
+            raise OptionError(
+                f"compare={self._place!r} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}: "
+                f"expected a finetune of {self._task} with its head"
+            )
+        return model
+
+    def _loaded(self) -> tuple[PreTrainedModel, list[str]]:
+        """The model, and the names of the weights that it has from nowhere."""
+        path = Path(self._place) / ADAPTER_CONFIG_NAME
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        model, info = _AUTO[self._kind].from_pretrained(
+            settings.get("base_model_name_or_path", self._place),
+            revision=settings.get("revision") or "main",
+            num_labels=self._count,
+            output_loading_info=True,
+        )
+        if settings:  # loaded by itself, as transformers tells nothing of a base's missing weights
+            model.load_adapter(self._place)
+        modules = dict(model.named_modules())
+
+        def is_adapters(name: str) -> bool:
+            paths = accumulate(name.split("."), "{}.{}".format)
+            return any(hasattr(modules.get(path), "modules_to_save") for path in paths)
+
+        return model, sorted(name for name in info["missing_keys"] if not is_adapters(name))
 
 
 @torch.no_grad()
@@ -345,14 +414,14 @@ def _predictions(
     order = list(range(len(data)))
     if isinstance(prepare, _Texts):  # rows of like length together need little padding
         order.sort(key=lambda row: -sum(len(column[row]) for column in data.columns))
-    step = 1 if prepare.one_by_one else batch_size
+    step = 1 if prepare.one_by_one(model) else batch_size
     found = [0] * len(order)
     with tqdm(
         total=len(order), desc="evaluating", unit=" rows", disable=None if progress is None else not progress
     ) as bar:
         for start in range(0, len(order), step):
             rows = order[start : start + step]
-            batch = prepare([[column[row] for row in rows] for column in data.columns], model.config)
+            batch = prepare([[column[row] for row in rows] for column in data.columns], model)
             inputs = {name: values.to(model.device) for name, values in batch.items()}
             for row, index in zip(rows, model(**inputs).logits.argmax(-1).tolist()):
                 found[row] = index

@@ -37,6 +37,8 @@ def write_repo_files(folder: Path, config: EMRConfig, repo_id: str, tensors: Ten
 
 def saved_tensors(repo: str | Path, revision: str | None = None) -> Tensors:
     """`tensors` of the report in a merged repo, a folder or a Hub id; empty where it has none."""
+    if not str(repo):
+        return {}  # of a model that came from nowhere; as a path it would be the current directory
     if Path(repo).is_dir():
         return read_tensors(Path(repo) / REPORT_NAME)
     with suppress(*HUB_ERRORS):

@@ -28,8 +28,9 @@ class Inspection:
 
     Attributes:
         repo: the folder or Hub id.
-        architecture, base, default_task, tau_dtype, emr_format: of the repo.
-        parts: part (`"base"`, `"tau"`, `"mask"`, `"private"`, `"rescaler"`) -> bytes.
+        architecture, base, default_task, tau_dtype, emr_format, method: of the repo.
+        parts: part (`"base"`, `"tau"`, `"scale"`, `"mask"`, `"private"`, `"rescaler"`) -> bytes. With the method
+            `"levels"` the part `"base"` has the level nearer to the base in place of each merged weight.
         tasks: task -> what the configuration records of it.
         report: the merge's numbers.
         tensors: of the merge's report, name of a merged tensor -> its [`TensorEntry`]; empty where the report is one
@@ -46,14 +47,17 @@ class Inspection:
     report: dict[str, Any]
     parts: dict[str, int] = field(default_factory=dict)
     tensors: Tensors = field(default_factory=dict)
+    method: str = "emr"
 
     def __str__(self) -> str:
         header, rows = MergeReport.from_dict(self.report).rows()
         labels = {task: str(len(entry["id2label"])) for task, entry in self.tasks.items()}
-        sizes = ", ".join(f"{part} {human(size)}" for part, size in self.parts.items())
+        titles = {"base": "base (nearer level)"} if self.method == "levels" else {}
+        sizes = ", ".join(f"{titles.get(part, part)} {human(size)}" for part, size in self.parts.items() if size)
         lines = [
             f"{self.repo}: {self.architecture}, {len(self.tasks)} tasks on {self.base}, format {self.emr_format}",
             f"weights  {human(sum(self.parts.values()))}: {sizes}; tau in {self.tau_dtype}",
+            f"method   {self.method}",
             f"default  {self.default_task}",
             "",
             *table([*header, "labels", "source"], [[*r, labels[r[0]], self.tasks[r[0]]["source"]] for r in rows]),
@@ -131,6 +135,7 @@ def inspect(repo: str | Path) -> Inspection:
         report=config.report,
         parts=parts,
         tensors=_known_of(config, saved_tensors(repo)),
+        method=config.method,
     )
 
 

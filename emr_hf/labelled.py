@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,8 +108,12 @@ def _load_file(datasets: Any, path: Path) -> Any:
         raise OptionError(f"{path}: expected a file that ends in {', '.join(FILES)}")
     if not path.is_file():
         raise OptionError(f"{path}: there is no such file")
-    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    return datasets.load_dataset(FILES[path.suffix.lower()], data_files=str(path), **options)
+    kind, options = FILES[path.suffix.lower()], {}
+    if kind == "csv":  # only what is empty is missing: NA and None are texts and labels like any other
+        options = {"keep_default_na": False, "na_values": [""]}
+    if path.suffix.lower() == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    return datasets.load_dataset(kind, data_files=str(path), **options)
 
 
 def _one_split(found: Any, split: str | None, data: object) -> Any:

@@ -29,6 +29,7 @@ from .configuration import EMRConfig, task_entry
 from .distributed import ALONE, Team
 from .election import TAU_DTYPES, Partial, Sums, TensorElection, TensorSums, torch_threads
 from .errors import MismatchError, NonFiniteError, OptionError, one_line
+from .finished import FinishedTask
 from .fitting import TensorFit
 from .heads import auto_map, wrapper_name
 from .hub import carry_files, write_repo_files
@@ -496,11 +497,18 @@ def _suspicious(plan: Plan, totals: Mapping[str, Sums]) -> list[str]:
         if total.nonzero and fingerprint in seen and f"{task}: is the same checkpoint" not in known:
             warnings.append(f"{task}: its merged tensors are those of {seen[fingerprint]}")
         seen.setdefault(fingerprint, task)
-    return warnings + _dominating(totals) + _near_duplicates(plan, totals)
+    return warnings + _dominating(totals, plan.recipe.method) + _near_duplicates(plan, totals)
 
 
-def _dominating(totals: Mapping[str, Sums], times: float = 4.0) -> list[str]:
-    """EMR-Merging loses accuracy where one task vector is far longer than the others (docs: when to use it)."""
+_DOMINATES = {
+    "emr": "it wins most elections and the other tasks lose accuracy",
+    "fit": "the fit serves it first and keeps less of the other tasks",
+    "levels": "the two levels serve it first and keep less of the other tasks",
+}
+
+
+def _dominating(totals: Mapping[str, Sums], method: str, times: float = 4.0) -> list[str]:
+    """Every method loses much where one task vector is far longer than the others (docs: when to use it)."""
     lengths = {task: total.square_tau**0.5 for task, total in totals.items()}
     if len(lengths) < 2:
         return []
@@ -511,50 +519,69 @@ def _dominating(totals: Mapping[str, Sums], times: float = 4.0) -> list[str]:
         return []
     return [
         f"{longest}: its task vector is {lengths[longest] / median:.1f} times as long as the others' median; "
-        "it wins most elections and the other tasks lose accuracy"
+        f"{_DOMINATES[method]}"
     ]
 
 
-def _near_duplicates(plan: Plan, totals: Mapping[str, Sums], least: float = 0.95) -> list[str]:
-    """Two finetunes of nearly one direction outvote the others; the sums of each by itself do not tell them."""
-    cosines = _sampled_cosines(plan)
+def _near_duplicates(plan: Plan, totals: Mapping[str, Sums], cosine: float = 0.95, share: float = 0.9) -> list[str]:
+    """Two finetunes of nearly one direction outvote the others; the sums of each by itself do not tell them.
+
+    Of a task that a repo has already only a part of its task vector is left, so that no cosine tells a copy. But what
+    is left has the finetune's own signs. Of normally distributed numbers a cosine of 0.95 is a share of 0.9 of equal
+    signs. Two such tasks are not compared: they have been when they were merged.
+    """
+    cosines, agreeing = _sampled_likeness(plan)
+    stored = [isinstance(checkpoint, FinishedTask) for checkpoint in plan.finetunes.values()]
     warnings = []
     for index, task in enumerate(plan.tasks):
-        for other, cosine in zip(plan.tasks[:index], cosines[index].tolist()):
-            if cosine > least and vars(totals[task]) != vars(totals[other]):  # else a warning says that they are equal
-                warnings.append(
-                    f"{other} and {task}: nearly the same finetune (cosine {cosine:.3f} of their task vectors over a "
-                    "sample): merge one of them"
-                )
-                break
+        if stored[index]:
+            continue
+        near = {}
+        for place, other in enumerate(plan.tasks[:index]):
+            alike = agreeing[index, place] > share if stored[place] else cosines[index, place] > cosine
+            if alike and vars(totals[task]) != vars(totals[other]):  # else a warning says that they are equal
+                near[place] = float(cosines[index, place])
+        if near:
+            place = max(near, key=lambda place: near[place])
+            found = f"cosine {near[place]:.3f} of their task vectors over a sample"
+            if stored[place]:
+                found = f"{agreeing[index, place]:.1%} equal signs over a sample of what the repo keeps of the first"
+            warnings.append(f"{plan.tasks[place]} and {task}: nearly the same finetune ({found}): merge one of them")
     return warnings
 
 
-def _sampled_cosines(plan: Plan, tensors: int = 8, elements: int = election.UNIT) -> Tensor:
-    """`(N, N)` float64 cosines of the task vectors over the middle of a few tensors, spread over the model."""
+def _sampled_likeness(plan: Plan, tensors: int = 8, elements: int = election.UNIT) -> tuple[Tensor, Tensor]:
+    """How alike task vectors are over the middle of a few tensors, spread over the model.
+
+    Returns:
+        `(N, N)` float64 cosines, and shares: of what the column's task moves, what the row's moves the same way.
+    """
     matrices = [name for name in plan.merged if len(plan.base.infos[name].shape) > 1] or plan.merged
     count = min(tensors, len(matrices))
-    gram = torch.zeros(len(plan.tasks), len(plan.tasks), dtype=torch.float64)
+    gram, same = torch.zeros(2, len(plan.tasks), len(plan.tasks), dtype=torch.float64)
     for name in (matrices[(2 * place + 1) * len(matrices) // (2 * count)] for place in range(count)):
         numel = plan.base.infos[name].numel
         start = max(numel - elements, 0) // 2 // 8 * 8
         where = slice(start, min(start + elements, numel))
         base = plan.base.read(name).reshape(-1)[where].to("cpu", plan.stored_dtype(name))
-        gram += _products(base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()], where)
+        taus = _sample(base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()], where)
+        up, down = (taus > 0).to(torch.float64), (taus < 0).to(torch.float64)
+        gram += taus @ taus.T
+        same += up @ up.T + down @ down.T
     lengths = gram.diagonal().sqrt()
-    return gram / (lengths[:, None] * lengths).clamp_min(torch.finfo(torch.float64).tiny)
+    cosines = gram / (lengths[:, None] * lengths).clamp_min(torch.finfo(torch.float64).tiny)
+    return cosines, same / same.diagonal().clamp_min(1)
 
 
-def _products(base: Tensor, given: Sequence[Tensor | StoredVector], where: slice) -> Tensor:
-    """`(N, N)` float64 inner products of the task vectors, of some elements of a tensor."""
+def _sample(base: Tensor, given: Sequence[Tensor | StoredVector], where: slice) -> Tensor:
+    """`(N, elements)` float64 task vectors, of some elements of a tensor."""
     parts = [
         values[where]
         if isinstance(values, StoredVector)
         else election.task_vector(values.reshape(-1)[where].cpu(), base)
         for values in given
     ]
-    taus = torch.stack(parts).to(torch.float64)  # (N, elements)
-    return taus @ taus.T
+    return torch.stack(parts).to(torch.float64)
 
 
 def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:

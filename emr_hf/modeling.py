@@ -208,7 +208,7 @@ class EMRMergedModel(PreTrainedModel):
         """Tokenizers that tasks have of their own belong to the repo; the shared one is saved by its owner."""
         own = {entry["tokenizer"] for entry in self.config.tasks.values() if entry["tokenizer"]}
         own = {path for path in own if not (folder / path).is_dir()}
-        if own:
+        if own and str(self.config.name_or_path):  # an empty path would be the current directory
             source = side_files_of(str(self.config.name_or_path))
             for path in own:
                 copy_side_files(source / path, folder / path)
@@ -430,7 +430,8 @@ class EMRMergedModel(PreTrainedModel):
             args, kwargs: the wrapped model's.
 
         Raises:
-            OptionError: not one task for every row, or a cache of keys and values with them.
+            OptionError: not one task for every row, a cache of keys and values with them, or `"__base__"` (or -1) of a
+                repo of method `"levels"`, which has no base.
             UnknownTaskError: with the nearest names.
             OffloadedError: the model was offloaded after loading, so its hooks hold the base's weights.
             EMRError: a loss is asked for in training mode, but nothing can be trained; or gradients are wanted of a

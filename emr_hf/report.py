@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -195,16 +196,40 @@ class MergeReport:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """`tensors` of a saved report; empty where there is none, or an older one that does not have it."""
+    """`tensors` of a saved report; empty where there is none, an older one that does not have it, or a broken one."""
     with suppress(OSError, ValueError, AttributeError):
-        return json.loads(path.read_text(encoding="utf-8")).get("tensors", {})
+        tensors = json.loads(path.read_text(encoding="utf-8")).get("tensors")
+        if isinstance(tensors, dict) and all(map(_is_entry, tensors.values())):
+            return tensors
     return {}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is a [`TensorEntry`]."""
+    elements, tasks = (entry.get(name) for name in ("elements", "tasks")) if isinstance(entry, dict) else (None, None)
+    if not _is_number(elements) or not isinstance(tasks, dict):
+        return False
+    count = len(TensorNumbers._fields)
+    return all(isinstance(v, list) and len(v) == count and all(map(_is_number, v)) for v in tasks.values())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def to_json(content: object) -> str:
     """Indented JSON, but each list of numbers on one line."""
     text = json.dumps(content, indent=2, allow_nan=False)
     return re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
+
+
+def without_nan(content: Any) -> Any:
+    """The content with `None` for each number that is not finite, as JSON has none."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def human(size: float) -> str:

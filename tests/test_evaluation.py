@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, ViTImageProcessor
 
 import emr_hf
-from emr_hf import cli, evaluation
+from emr_hf import cli, evaluation, labelled
 from tests import adapters, tiny
 from tests.test_pipelines import WORDS, write_tokenizer
 
@@ -191,6 +192,75 @@ def test_a_metric_from_a_script(run, repo, tmp_path, metric):
     assert json.loads(result.out)["metrics"] == {"accuracy": 0.0, "wrong": 6, "wrong:macro": 6}
 
 
+NAN = METRIC.replace('{"wrong": sum(p != r for p, r in zip(predictions, references))}', '{"wrong": float("nan")}')
+
+
+def test_a_metric_of_nan_is_null_in_json(run, repo, tmp_path):
+    (tmp_path / "nan.py").write_text(NAN)
+    data = write_csv(tmp_path / "data.csv", TEXTS, [0] * 6)
+    arguments = [repo, "--data", data, "--metric", tmp_path / "nan.py"]
+    result = run(*arguments, "--format", "json")
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["metrics"] == {"wrong": None}
+    assert "nan" in run(*arguments).out
+
+
+def test_quotes_and_words_that_stand_for_nothing_are_text(run, repo, tmp_path):
+    lines = ['"good film\t0', "bad\t1", 'bad"\t1', "null\t0", "NA\t0"]
+    (tmp_path / "data.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    assert labelled.read_data(tmp_path / "data.tsv", None, None, None, None, "text").labels == [0, 1, 1, 0, 0]
+    assert emr_hf.evaluate_task(repo, tmp_path / "data.tsv").rows == 5
+    found = labelled.read_data(write_csv(tmp_path / "na.csv", ["NA", "null"], ["None", "n/a"]), *[None] * 4, "text")
+    assert (found.columns, found.labels) == ([["NA", "null"]], ["None", "n/a"])
+
+
+def merged(kind, folder, words=WORDS, **settings):
+    """A repo of an architecture with a tokenizer of these words, and the inputs."""
+    found = next(t for t in tiny.ALL if t.architecture == kind)
+    found = replace(found, settings={**found.settings, **settings})
+    inputs = tiny.write_inputs(found, folder)
+    for path in inputs.finetunes.values():
+        write_tokenizer(path, words)
+    emr_hf.merge(inputs.base, inputs.finetunes, folder / "out")
+    return folder / "out", inputs
+
+
+def test_long_texts_where_positions_begin_after_the_padding(tmp_path):
+    repo, inputs = merged("RobertaForSequenceClassification", tmp_path, pad_token_id=0)
+    data = write_csv(tmp_path / "data.csv", ["good " * 200, "bad"], [0, 1])
+    assert emr_hf.evaluate_task(repo, data, "a", compare=inputs.finetunes["a"]).agreement is not None
+    model = AutoModelForSequenceClassification.from_pretrained(inputs.finetunes["a"])
+    assert evaluation._positions(model) == 63
+    model(input_ids=torch.full((1, 63), 5))
+    with pytest.raises(IndexError):
+        model(input_ids=torch.full((1, 64), 5))
+
+
+@pytest.mark.parametrize("pad", [None, 0, 7])
+def test_rows_are_padded_only_by_what_the_model_takes_for_padding(tmp_path, pad):
+    repo, inputs = merged("GPT2ForSequenceClassification", tmp_path, pad_token_id=pad)
+    right = predicted_by(inputs.finetunes["a"])
+    data = write_csv(tmp_path / "data.csv", TEXTS, right)
+    found = emr_hf.evaluate_task(repo, data, "a", compare=inputs.finetunes["a"], batch_size=4)
+    assert found.compared_metrics == {"accuracy": 1.0}
+
+
+@torch.no_grad()
+def predicted_by(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    rows = [[2, *(WORDS.index(word) for word in text.split()), 3] for text in TEXTS]
+    return [int(model(input_ids=torch.tensor([ids])).logits.argmax()) for ids in rows]
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_told(run, tmp_path):
+    repo, _ = merged("BertForSequenceClassification", tmp_path, [*WORDS, *(f"w{k}" for k in range(200))])
+    data = write_csv(tmp_path / "data.csv", ["good", "w150"], [0, 1])
+    result = run(repo, "--data", data, "--task", "a")
+    assert result.status == 1 and result.err.count("\n") == 1
+    assert "160 ('w150')" in result.err and "96 tokens" in result.err
+    assert run(repo, "--data", data, "--task", "a", "--rows", "1").status == 0  # tokens that are not used do no harm
+
+
 # Errors
 
 
@@ -241,8 +311,23 @@ def test_bad_options(run, repo, inputs, tmp_path, monkeypatch, metric):
     assert "'no-such-metric' cannot be loaded" in fails(run, monkeypatch, *mnli, "--metric", "no-such-metric")
     assert "has 2 labels, mnli.v1 has 3" in fails(run, monkeypatch, *mnli, "--compare", inputs.finetunes["items"])
     assert "no model here" in fails(run, monkeypatch, *mnli, "--compare", tmp_path / "nowhere")
+    with pytest.raises(emr_hf.OptionError, match="at least one"):
+        emr_hf.evaluate_task(repo, data, metrics=[])
     assert "is no merged repo" in fails(run, monkeypatch, inputs.base, "--data", data)
     assert "is no merged repo" in fails(run, monkeypatch, tmp_path / "nowhere", "--data", data)
+
+
+def test_a_finetune_that_lacks_weights_is_told_before_anything_is_predicted(run, repo, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "_predictions", lambda *args: pytest.fail("something was predicted"))
+    data = write_csv(tmp_path / "data.csv", TEXTS, [0] * 6)
+    message = fails(run, monkeypatch, repo, "--data", data, "--compare", inputs.base)
+    assert str(inputs.base) in message and "has no classifier.bias, classifier.weight" in message
+    broken = shutil.copytree(inputs.finetunes["glue/sst2"], tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"xx")
+    assert f"{str(broken)!r} cannot be loaded" in fails(run, monkeypatch, repo, "--data", data, "--compare", broken)
+    base, headless = adapters.write_base(tiny.BERT, tmp_path / "base"), tmp_path / "headless"
+    adapters.write_adapter(headless, tiny.BERT.architecture, base, adapters.BERT_LORA)
+    assert "has no classifier.bias" in fails(run, monkeypatch, repo, "--data", data, "--compare", headless)
 
 
 def test_a_repo_without_a_tokenizer_is_told(run, bert_repo, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
+import domain as one_domain  # noqa: E402
 import domains  # noqa: E402
 import fidelity  # noqa: E402
 import methods  # noqa: E402
@@ -40,11 +41,11 @@ def result(**accuracies):
 
 
 def test_rows_are_cut_without_overlap():
-    test, validation = domains.cut(range(1000), 500)
+    test, validation = one_domain.cut(range(1000), 500)
     assert (test, validation) == (range(500), range(500, 700))
-    assert domains.cut(range(600), 500)[1] == range(500, 600)
+    assert one_domain.cut(range(600), 500)[1] == range(500, 600)
     with pytest.raises(ValueError, match="580 test rows leave 20 of 600"):
-        domains.cut(range(600), 580)
+        one_domain.cut(range(600), 580)
 
 
 def test_kept_is_the_ratio_of_means():
@@ -82,7 +83,7 @@ def test_scores_are_kept(domain, monkeypatch):
     def never(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(domains.Data, "exam", never)
+    monkeypatch.setattr(one_domain.Data, "exam", never)
     again = fidelity.measure(domains.build("text", seed=0, rows=0, quick=True), chosen, 0, quick=True)
     assert again.entries == json.loads(json.dumps(first.entries))
     with pytest.raises(AssertionError, match="measured again"):
@@ -136,7 +137,7 @@ def test_probe_reads_what_is_there(domain):
         hidden = torch.randn(count, 2, 4, generator=generator)
         return [{"hidden": states, "labels": int(states[0, 1] > 0)} for states in hidden]
 
-    data = domains.Data(rows(200), [], rows(100), torch.utils.data.default_collate)
+    data = one_domain.Data(rows(200), [], rows(100), torch.utils.data.default_collate)
     assert methods.probe(Backbone(), data) > 0.9
     assert 0.3 < data.majority() < 0.7
 

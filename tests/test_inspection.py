@@ -126,6 +126,51 @@ def test_a_repo_with_an_older_report_prints_as_before(run, bert_repo, bert_input
     assert "its worst tensor" in text and "again" in text
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [],
+        {"tensors": None},
+        {"tensors": []},
+        {"tensors": {"p": None}},
+        {"tensors": {"p": {"elements": 3}}},
+        {"tensors": {"p": {"elements": "3", "tasks": {}}}},
+        {"tensors": {"p": {"elements": 3, "tasks": {"items": [0.5, 1.0]}}}},
+        {"tensors": {"p": {"elements": 3, "tasks": {"items": [0.5, None, 0, 0, 0]}}}},
+        {"tensors": {"p": {"elements": 3, "tasks": {"items": [0.5, math.nan, 0, 0, 0]}}}},
+    ],
+)
+def test_a_broken_report_is_as_none(run, bert_repo, bert_inputs, tmp_path, broken):
+    repo = shutil.copytree(bert_repo, tmp_path / "repo")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    (repo / "emr_report.json").write_text(json.dumps(broken).replace('"p"', json.dumps(name)))
+    assert emr_hf.inspect(repo).tensors == {}
+    assert run("inspect", repo).status == 0
+    assert emr_hf.remove_task(repo, "items", tmp_path / "removed").tensors == {}
+    emr_hf.EMRMergedModel.from_pretrained(repo).save_pretrained(tmp_path / "saved")
+    assert saved_report(tmp_path / "saved")["tensors"] == {}
+
+
+def test_a_model_from_nowhere_reads_nothing_of_the_current_directory(bert_repo, tmp_path, monkeypatch):
+    model = emr_hf.EMRMergedModel.from_pretrained(bert_repo)
+    model.config.name_or_path = ""
+    monkeypatch.chdir(bert_repo)
+    assert hub.saved_tensors("") == {}
+    model.save_pretrained(tmp_path / "saved")
+    assert saved_report(tmp_path / "saved")["tensors"] == {}
+
+
+def test_inspect_tells_the_method_and_what_the_parts_are(run, bert_inputs, bert_repo, tmp_path):
+    text = run("inspect", bert_repo).out
+    assert "method   emr" in text and ": base " in text and "scale" not in text
+    assert emr_hf.inspect(bert_repo).method == "emr"
+    emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "out", method="levels", tau_dtype="int4")
+    text = run("inspect", tmp_path / "out").out
+    assert "method   levels" in text and "base (nearer level)" in text and ", scale " in text
+    found = json.loads(run("inspect", tmp_path / "out", "--format", "json").out)
+    assert found["method"] == "levels" and found["parts"]["base"] > 0
+
+
 def test_inspect_tells_kinds_of_layers_and_worst_tensors(run, bert_repo):
     text = run("inspect", bert_repo).out
     assert "bert.encoder.layer.*.attention.self.query.weight" in text
@@ -256,9 +301,29 @@ def test_what_is_equal_or_unlike_is_not_told_as_near(bert_inputs, bert_repo, tmp
     assert warnings and not any("nearly the same" in warning for warning in warnings)
 
 
-def test_a_dominating_task_is_told(bert_inputs, tmp_path):
+@pytest.mark.parametrize("method", ["emr", "fit"])
+def test_a_copy_of_a_task_is_told_when_it_is_added(bert_inputs, tmp_path, method):
+    later = near(bert_inputs, "mnli.v1", tmp_path / "later", 0.3)
+    other = transformers.BertForSequenceClassification.from_pretrained(bert_inputs.finetunes["items"])
+    tiny.move(other, 41).save_pretrained(tmp_path / "other")  # of items and of its own as much
+    emr_hf.merge(bert_inputs.base, {**bert_inputs.finetunes, "later": later}, tmp_path / "out", method=method)
+    for task, finetune, like in (
+        ("copy", bert_inputs.finetunes["items"], "items"),
+        ("again", near(bert_inputs, "items", tmp_path / "again", 0.3), "items"),
+        ("other", tmp_path / "other", None),
+    ):
+        warnings = emr_hf.add_task(tmp_path / "out", task, finetune, tmp_path / f"out-{task}").warnings
+        told = [warning.split(":")[0] for warning in warnings if "nearly the same" in warning]
+        assert told == ([f"{like} and {task}"] if like else [])  # nothing of mnli.v1 and later, which are there
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [("emr", "wins most elections"), ("fit", "the fit serves it first"), ("levels", "the two levels serve it first")],
+)
+def test_a_dominating_task_is_told(bert_inputs, tmp_path, method, told):
     far = transformers.BertForSequenceClassification.from_pretrained(bert_inputs.finetunes["items"])
     finetunes = {**bert_inputs.finetunes, "far": tiny.move(far, 5, scale=0.5)}
-    report = emr_hf.merge(bert_inputs.base, finetunes, tmp_path / "out")
+    report = emr_hf.merge(bert_inputs.base, finetunes, tmp_path / "out", method=method)
     assert [warning.split(":")[0] for warning in report.warnings] == ["far"]
-    assert "times as long" in report.warnings[0]
+    assert "times as long" in report.warnings[0] and told in report.warnings[0]
