@@ -523,12 +523,12 @@ def _dominating(totals: Mapping[str, Sums], method: str, times: float = 4.0) -> 
     ]
 
 
-def _near_duplicates(plan: Plan, totals: Mapping[str, Sums], cosine: float = 0.95, share: float = 0.9) -> list[str]:
+def _near_duplicates(plan: Plan, totals: Mapping[str, Sums], cosine: float = 0.95, share: float = 0.92) -> list[str]:
     """Two finetunes of nearly one direction outvote the others; the sums of each by itself do not tell them.
 
     Of a task that a repo has already only a part of its task vector is left, so that no cosine tells a copy. But what
-    is left has the finetune's own signs. Of normally distributed numbers a cosine of 0.95 is a share of 0.9 of equal
-    signs. Two such tasks are not compared: they have been when they were merged.
+    is left has the finetune's own signs: a copy has all of them, a finetune of cosine 0.95 nine tenths and more, one
+    of cosine 0.7 less than 0.9, others about half. Two such tasks are not compared: they were when they were merged.
     """
     cosines, agreeing = _sampled_likeness(plan)
     stored = [isinstance(checkpoint, FinishedTask) for checkpoint in plan.finetunes.values()]
@@ -543,10 +543,11 @@ def _near_duplicates(plan: Plan, totals: Mapping[str, Sums], cosine: float = 0.9
                 near[place] = float(cosines[index, place])
         if near:
             place = max(near, key=lambda place: near[place])
-            found = f"cosine {near[place]:.3f} of their task vectors over a sample"
+            found, advice = f"cosine {near[place]:.3f} of their task vectors over a sample", "merge one of them"
             if stored[place]:
                 found = f"{agreeing[index, place]:.1%} equal signs over a sample of what the repo keeps of the first"
-            warnings.append(f"{plan.tasks[place]} and {task}: nearly the same finetune ({found}): merge one of them")
+                advice = "keep one of them"
+            warnings.append(f"{plan.tasks[place]} and {task}: nearly the same finetune ({found}): {advice}")
     return warnings
 
 

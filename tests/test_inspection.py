@@ -162,7 +162,7 @@ def test_a_model_from_nowhere_reads_nothing_of_the_current_directory(bert_repo, 
 
 def test_inspect_tells_the_method_and_what_the_parts_are(run, bert_inputs, bert_repo, tmp_path):
     text = run("inspect", bert_repo).out
-    assert "method   emr" in text and ": base " in text and "scale" not in text
+    assert "method   emr" in text and ": base " in text and ", scale " not in text
     assert emr_hf.inspect(bert_repo).method == "emr"
     emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "out", method="levels", tau_dtype="int4")
     text = run("inspect", tmp_path / "out").out
