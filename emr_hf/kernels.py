@@ -1,8 +1,8 @@
 """The compiled loops of csrc/: where the library is, and what of torch's tensors it can take.
 
 They are used where they are built (docs/performance.md) and give the bits of the torch code that they stand in for, in
-`election.py`, `bits.py`, `fitting.py` and `lowbit.py`. Set the environment variable `EMR_HF_KERNELS` to `off` to do without them, or to `plain`
-for what runs on any processor.
+`election.py`, `bits.py`, `fitting.py` and `lowbit.py`. Set the environment variable `EMR_HF_KERNELS` to `off` to do
+without them, or to `plain` for what runs on any processor.
 """
 
 from __future__ import annotations
