@@ -186,14 +186,14 @@ class TensorFit:
         given = [TaskVector(one[block]) if isinstance(one, StoredVector) else one[block] for one in self.finetunes]
         taus = finite_task_vectors(base, given, block.start, self.device)
         start, exact = self._solve(base, taus)
-        tau, scales, used = self._stored(exact)
+        tau, row_scales, used = self._stored(exact)
         levels = self.method == "levels"
         shift = start.to(torch.float32) - base.to(torch.float32) if levels else None
         masks, part = compare(taus, used, shift, self._thresholds(), of_moves=levels)
         if self.tau_dtype != "float32":
             changes = torch.where(exact == 0, 0, exact - used)  # codes have no zero, nor needs a mask one
             part.squares = torch.stack([one.double().square().sum() for one in (exact, changes)])[None].cpu()
-        return Fitted(start, tau, scales, masks, part)
+        return Fitted(start, tau, row_scales, masks, part)
 
     def _solve(self, base: Tensor, taus: Tensor) -> tuple[Tensor, Tensor]:
         """What the vector is added to, in the base's dtype, and the vector."""
@@ -214,17 +214,17 @@ class TensorFit:
 
     def _stored(self, exact: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The vector as it is stored, the scales of its codes, and its values then."""
-        scales = None
+        row_scales = None
         if self.bits is not None:
             rows = exact.view(-1, self.columns)
-            tau, scales = lowbit.encode(rows, self.bits)
-            used = lowbit.Codes(tau, scales, self.bits, rows.shape).dense().reshape(-1)
+            tau, row_scales = lowbit.encode(rows, self.bits)
+            used = lowbit.Codes(tau, row_scales, self.bits, rows.shape).dense().reshape(-1)
         else:
             tau = exact.to(TAU_DTYPES.get(self.tau_dtype, torch.float32)) + 0.0  # no -0.0 of underflow
             used = tau.to(torch.float32)
         if not torch.isfinite(used).all():
             raise OptionError(f"the unified task vector, or what leads to it, overflows in {self.tau_dtype}")
-        return tau, scales, used
+        return tau, row_scales, used
 
 
 def compare(
