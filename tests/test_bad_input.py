@@ -556,8 +556,9 @@ GOOD = "base: ./base\ntasks:\n  a: ./a\n"
         (GOOD + "3: x", ["3", "unknown field"]),
         (GOOD + "rescale: globl", ["rescale", "'globl'", "global", "tensor_mean"]),
         (GOOD + "rescale: [global]", ["rescale", "['global']"]),
-        (GOOD + "rescale:", ["rescale", "None"]),
-        (GOOD + "tau_dtype: int8", ["tau_dtype", "'int8'", "float32", "bfloat16"]),
+        (GOOD + "method:", ["method", "None", "emr", "levels"]),
+        (GOOD + "method: levels\nrescale: global", ["rescale", "'global'", "levels"]),
+        (GOOD + "tau_dtype: int3", ["tau_dtype", "'int3'", "float32", "bfloat16", "int4"]),
         (GOOD + "default_task: b", ["default_task", "'b'", "a"]),
         (GOOD + "private: '('", ["private", "'('"]),
         (GOOD + "private: [ok, '*']", ["private", "'*'"]),
@@ -594,7 +595,7 @@ def test_a_field_that_is_nearly_right_is_answered_with_the_nearest(recipe):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rescale": "globl"}, {"rescale": None}, {"tau_dtype": "int8"}, {"tau_dtype": torch.float32}, {"private": ["("]},
+    [{"rescale": "globl"}, {"method": None}, {"tau_dtype": "int3"}, {"tau_dtype": torch.float32}, {"private": ["("]},
      {"private": 5}, {"max_shard_size": "0"}, {"max_shard_size": 0}, {"max_shard_size": "1.5"},
      {"max_shard_size": None}, {"default_task": 3}],
     ids=str,

@@ -140,8 +140,9 @@ def test_processes_make_the_repo_that_one_makes(in_processes, jobs, tmp_path, co
     [alone] = in_processes(1, merge_all, jobs, tmp_path / "one")
     shared = in_processes(count, merge_all, jobs, tmp_path / "many", launcher=launcher)
     assert [process.status for process in shared] == [0] * count
-    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["full", "ia3", "lora", "sharded"]
-    for name in ("full", "ia3", "lora", "sharded"):
+    good = ["fit", "full", "ia3", "levels", "lora", "sharded"]
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == good
+    for name in good:
         assert files_of(tmp_path / "many" / name) == files_of(tmp_path / "one" / name)
         for process in shared:
             assert timeless(process.answer[name]) == timeless(alone.answer[name])
