@@ -19,6 +19,8 @@ from .lowbit import Codes
 
 # Elements rebuilt at a time on the CPU: small enough for the cache and for torch to stay on one thread.
 _CHUNK = 1 << 15
+# Elements decoded at a time there: what a piece costs by itself counts for more than the cache.
+_DECODED = 1 << 18
 
 
 def packed_size(numel: int) -> int:
@@ -105,7 +107,7 @@ def rebuild_part(
     """[`rebuild`] elements `start` (a multiple of 8) to `stop` of flat tensors."""
     step = max(part.stop - part.start, 1)
     if isinstance(tau, Codes) and out.device.type == "cpu":
-        step = _CHUNK  # what is decoded stays in the cache
+        step = _DECODED
     for start in range(part.start, part.stop, step):
         piece = slice(start, min(start + step, part.stop))
         rebuild(base[piece], tau[piece], packed[start // 8 : packed_size(piece.stop)], rescaler, out[piece])
