@@ -146,7 +146,7 @@ def glyph_network() -> Network:
         "glyphs",
         config,
         AutoModelForImageClassification,
-        Training(steps=240, batch=32, rate=7e-4, shift=2),
+        Training(steps=240, batch=32, rate=2e-3, shift=2),
         pretraining=Training(steps=900, batch=128, rate=2e-3, shift=2),
         pretrained_on=clothes,
     )

@@ -236,22 +236,20 @@ def correlation_lines(results: Sequence[Result]) -> Iterator[str]:
 # The figure
 
 DRAWN = {
-    INDIVIDUAL: "#57606a",
-    "weight average": "#8250df",
-    "task arithmetic best": "#8250df",
-    "TIES best": "#8250df",
-    "BitDelta": "#1a7f37",
-    "BitDelta everywhere": "#1a7f37",
-    "ternary": "#1a7f37",
-    "EMR": "#bc4c00",
-    "fit": "#0969da",
-    "fit int4": "#0969da",
-    "levels": "#cf222e",
-    "levels int4": "#cf222e",
-    "levels int2": "#cf222e",
+    INDIVIDUAL: ("#57606a", "o"),
+    "weight average": ("#8250df", "o"),
+    "TIES": ("#8250df", "v"),
+    "BitDelta": ("#1a7f37", "o"),
+    "BitDelta everywhere": ("#1a7f37", "v"),
+    "ternary": ("#1a7f37", "s"),
+    "EMR": ("#bc4c00", "o"),
+    "fit": ("#0969da", "o"),
+    "fit int2": ("#0969da", "s"),
+    "levels": ("#cf222e", "o"),
+    "levels int2": ("#cf222e", "s"),
 }
-"""Method -> its colour."""
-BY_COUNT = ("weight average", "task arithmetic best", "TIES best", "BitDelta everywhere", "EMR", "fit", "levels")
+"""Method -> its colour and marker."""
+BY_COUNT = ("weight average", "TIES", "BitDelta", "BitDelta everywhere", "EMR", "fit", "levels", "levels int2")
 
 
 def draw(path: Path, results: Sequence[Result], counts: Mapping[int, Sequence[Result]]) -> None:
@@ -289,15 +287,13 @@ def draw(path: Path, results: Sequence[Result], counts: Mapping[int, Sequence[Re
 def draw_bytes(axes: Any, results: Sequence[Result]) -> None:
     """A large marker for what a method keeps, and a faint one for each of its tasks."""
     whole = results[0].entries[INDIVIDUAL]["total"]
-    points = {}
-    for method in methods_of(results):
-        if method in DRAWN:
-            share = 100 * results[0].entries[method]["total"] / whole
-            ratios = [100 * ratio for result in results for ratio in result.ratios(method).values()]
-            points[method] = (share, 100 * statistics.mean(result.kept(method) for result in results))
-            color = DRAWN[method]
-            axes.plot([share] * len(ratios), ratios, "o", markersize=3.5, color=color, alpha=0.3, markeredgewidth=0)
-            axes.plot(*points[method], "o", markersize=8, color=color)
+    for method in (method for method in methods_of(results) if method in DRAWN):
+        color, marker = DRAWN[method]
+        share = 100 * results[0].entries[method]["total"] / whole
+        ratios = [100 * ratio for result in results for ratio in result.ratios(method).values()]
+        kept = 100 * statistics.mean(result.kept(method) for result in results)
+        axes.plot([share] * len(ratios), ratios, "o", markersize=3.5, color=color, alpha=0.3, markeredgewidth=0)
+        axes.plot(share, kept, marker, markersize=8, color=color, label=method)
     axes.set_xscale("log")
     axes.set_xlim(axes.get_xlim()[0], 150)
     ticks = [tick for tick in (5, 10, 15, 20, 30, 40, 60, 100) if tick > axes.get_xlim()[0]]
@@ -305,24 +301,7 @@ def draw_bytes(axes: Any, results: Sequence[Result]) -> None:
     axes.minorticks_off()
     axes.set_xlabel("bytes on disk, % of the finetunes one by one")
     axes.set_title(f"{results[0].domain}, {len(results[0].tasks)} tasks", fontsize=12, loc="left")
-    label(axes, points)
-
-
-def label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write each point's name to its right, higher where another name is already there."""
-    axes.figure.draw_without_rendering()  # to know where on the page a point is
-    taken: list[tuple[float, float]] = []
-    places = {name: axes.transData.transform(point) * 72 / axes.figure.dpi for name, point in points.items()}
-    for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
-        height = y
-        for other_x, other_y in sorted(taken, key=lambda place: place[1]):
-            if abs(x - other_x) < 70 and abs(height - other_y) < 10:
-                height = other_y + 10
-        taken.append((x, height))
-        text = axes.annotate(
-            name, points[name], xytext=(7, height - y), textcoords="offset points", va="center", fontsize=9
-        )
-        text.set_in_layout(False)  # or the points would move
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def draw_counts(axes: Any, counts: Mapping[int, Sequence[Result]]) -> None:
@@ -330,10 +309,9 @@ def draw_counts(axes: Any, counts: Mapping[int, Sequence[Result]]) -> None:
     for method in BY_COUNT:
         found = {n: results for n, results in counts.items() if method in methods_of(results)}
         kept = [100 * statistics.mean(result.kept(method) for result in results) for results in found.values()]
-        style = "--" if DRAWN[method] == DRAWN["weight average"] else "-"
-        marker = "osv"[[other for other in BY_COUNT if DRAWN[other] == DRAWN[method]].index(method)]
         if found:
-            axes.plot(list(found), kept, style, marker=marker, markersize=4, color=DRAWN[method], label=method)
+            color, marker = DRAWN[method]
+            axes.plot(list(found), kept, "-", marker=marker, markersize=4, color=color, label=method)
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(counts), map(str, counts))
     axes.set_xlabel("number of tasks N")
