@@ -33,7 +33,7 @@ from typing import Any
 import domains
 from cache import cache_root
 from domain import Domain
-from measuring import circumstances, machine_line, write_json
+from measuring import circumstances, machine_line, pyplot_for_svg, write_json
 from methods import BASE, CONTENDERS, INDIVIDUAL, Checkpoints, Contender
 from training import quiet
 
@@ -254,24 +254,7 @@ BY_COUNT = ("weight average", "TIES", "BitDelta", "BitDelta everywhere", "EMR", 
 
 def draw(path: Path, results: Sequence[Result], counts: Mapping[int, Sequence[Result]]) -> None:
     """Two panels: accuracy kept against bytes on disk of one domain, and against the number of tasks."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "emr_hf",
-            "font.family": "sans-serif",
-            "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
-            "font.size": 12,
-            "text.color": "#1f2328",
-            "axes.edgecolor": "#8c959f",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
-    from matplotlib import pyplot
-
+    pyplot = pyplot_for_svg()
     figure, panels = pyplot.subplots(1, bool(results) + bool(counts), figsize=(11, 4.6), layout="constrained")
     panels = list(panels) if results and counts else [panels]
     if results:

@@ -133,3 +133,26 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     """Write a measurement down, where a path is given."""
     if path is not None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def pyplot_for_svg() -> Any:
+    """Return pyplot in the style of the figures in docs/: text stays text, and the same figure is the same file."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "emr_hf",
+            "font.family": "sans-serif",
+            "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
+            "font.size": 12,
+            "text.color": "#1f2328",
+            "axes.edgecolor": "#8c959f",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+    from matplotlib import pyplot
+
+    return pyplot

@@ -141,24 +141,7 @@ def row_of(tasks: int, medians: Mapping[str, Any]) -> list[str]:
 
 def draw(path: Path, medians: Mapping[int, Mapping[str, Any]], parameters: str) -> None:
     """Two panels: seconds of a merge, and bytes, against the number of tasks."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "emr_hf",
-            "font.family": "sans-serif",
-            "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
-            "font.size": 12,
-            "text.color": "#1f2328",
-            "axes.edgecolor": "#8c959f",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
-    from matplotlib import pyplot
-
+    pyplot = measuring.pyplot_for_svg()
     tasks = sorted(medians)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import bits, kernels
 from .bits import StoredVector
-from .errors import NonFiniteError, OptionError
+from .errors import NonFiniteError, OptionError, check_choice
 
 RESCALERS = ("global", "tensor_mean", "least_squares", "none")
 TAU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -167,8 +167,7 @@ def rescaler(parts: Sequence[Sums], mode: str = "global") -> float:
     reference scripts: the same ratio of sums over tensors of the tensors' means. `"least_squares"` is what minimises
     ||tau_t - lambda M_t tau||: <tau_t, M_t tau> / ||M_t tau||^2. 1 where the mask is empty, and with `"none"`.
     """
-    if mode not in RESCALERS:
-        raise OptionError(f"rescale={mode!r} is unknown: expected one of {', '.join(RESCALERS)}")
+    check_choice("rescale", mode, RESCALERS)
     parts = [part for part in parts if part.numel]
     if mode == "none":
         return 1.0

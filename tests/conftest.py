@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import emr_hf
+from emr_hf import cli
 from tests import tiny
 
 
@@ -30,3 +32,16 @@ def bert_repo(bert_inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("repo") / "merged"
     emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, out)
     return out
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line: its status, stdout and stderr."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
+
+    return run

@@ -32,19 +32,6 @@ def write_recipe(inputs, path, **fields):
     return path
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command line: its status, stdout and stderr."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        status = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
-
-    return run
-
-
 def assert_one_line_error(result, *named):
     assert result.status == 1
     assert result.out == ""

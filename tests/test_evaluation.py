@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 
 import datasets
 import pytest
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, ViTImageProcessor
 
 import emr_hf
-from emr_hf import cli, evaluation, labelled
+from emr_hf import evaluation, labelled
 from tests import adapters, tiny
 from tests.test_pipelines import WORDS, write_tokenizer
 
@@ -42,14 +42,8 @@ def repo(inputs, tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        status = cli.main(["eval", *(str(argument) for argument in arguments)])
-        captured = capsys.readouterr()
-        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
-
-    return run
+def run(run):
+    return partial(run, "eval")
 
 
 @torch.no_grad()

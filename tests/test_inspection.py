@@ -7,7 +7,6 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import transformers
 from PIL import Image
 
 import emr_hf
-from emr_hf import cli, hub, inspection
+from emr_hf import hub, inspection
 from emr_hf.layers import by_kind, by_layer, kind_of, worst_tensors
 from emr_hf.plotting import plot_layers
 from emr_hf.report import TensorNumbers, to_json
@@ -25,17 +24,6 @@ from tests.test_sources import stored_tensors
 
 def saved_report(folder):
     return json.loads((folder / "emr_report.json").read_text())
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        status = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
-
-    return run
 
 
 # The report
