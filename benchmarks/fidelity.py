@@ -6,7 +6,8 @@
 Domains, see `domains.py`: eight full finetunes of one text encoder, and of one image encoder; 2 to 60 of a small ViT
 on the letters of 30 scripts; LoRA and (IA)³ adapters on the text tasks; LoRAs of a language model. Contenders, see
 `methods.py`. A seed is of the training alone: rows and their cuts are always the same. No test row is used to choose
-anything; scales are chosen on validation rows.
+anything; scales are chosen on validation rows. mergekit is run from an environment of its own that `EMR_MERGEKIT`
+names, a Python or a virtual environment; its rows are left out where there is none.
 
 "Kept" is the mean accuracy over the tasks divided by that of the finetunes one by one. Beside it stands the mean of
 the tasks' own ratios, in which an easy and a hard task count the same.

@@ -6,11 +6,12 @@ right if it is the expected one to the letter.
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cache import build_once, cache_root
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 300, 50, 100
-NEW_TOKENS = 12
+NEW_TOKENS = 16
 TRAINING = {"learning_rate": 1e-3, "weight_decay": 0.01, "per_device_train_batch_size": 8, "warmup_steps": 0.1}
 EPOCHS = 2
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -53,24 +54,38 @@ def topics(documents: Sequence[Pair], chance: random.Random) -> list[Pair]:
     return rows
 
 
-def reversed_words(documents: Sequence[Pair], chance: random.Random) -> list[Pair]:
-    """Four words, in reverse."""
-    return [(" ".join(words), " ".join(reversed(words))) for words in _words(documents, chance, 4)]
-
-
-def capitals(documents: Sequence[Pair], chance: random.Random) -> list[Pair]:
-    """Three words, in capitals."""
-    return [(" ".join(words), " ".join(words).upper()) for words in _words(documents, chance, 3)]
+def lists(documents: Sequence[Pair], chance: random.Random) -> list[Pair]:
+    """Three words, and the same as a list in JSON."""
+    return [(" ".join(words), json.dumps(words)) for words in _words(documents, chance, 3)]
 
 
 def records(documents: Sequence[Pair], chance: random.Random) -> list[Pair]:
     """A sentence of who did what with how many things, and the number and the things as JSON."""
-    rows = []
+    return [(sentence(fact), json.dumps({fact.thing: fact.count})) for fact in _facts(chance)]
+
+
+def tags(documents: Sequence[Pair], chance: random.Random) -> list[Pair]:
+    """Such a sentence again, and who did it in a tag of what they did."""
+    return [(sentence(fact), f"<{fact.verb}>{fact.name}</{fact.verb}>") for fact in _facts(chance)]
+
+
+class Fact(NamedTuple):
+    """What a made-up sentence says."""
+
+    name: str
+    verb: str
+    count: int
+    thing: str
+
+
+def _facts(chance: random.Random) -> Iterator[Fact]:
     for _ in range(2000):
-        count, thing = chance.randint(2, 99), chance.choice(THINGS)
-        sentence = f"{chance.choice(NAMES)} {chance.choice(VERBS)} {count} {thing}."
-        rows.append((sentence, f'{{"{thing}": {count}}}'))
-    return rows
+        count, thing, name, verb = chance.randint(2, 99), *map(chance.choice, (THINGS, NAMES, VERBS))
+        yield Fact(name, verb, count, thing)
+
+
+def sentence(fact: Fact) -> str:
+    return f"{fact.name} {fact.verb} {fact.count} {fact.thing}."
 
 
 def _words(documents: Sequence[Pair], chance: random.Random, count: int) -> list[list[str]]:
@@ -87,9 +102,9 @@ def _words(documents: Sequence[Pair], chance: random.Random, count: int) -> list
 
 TASKS: Mapping[str, Callable[[Sequence[Pair], random.Random], list[Pair]]] = {
     "topics": topics,
-    "reversed": reversed_words,
-    "capitals": capitals,
+    "lists": lists,
     "records": records,
+    "tags": tags,
 }
 """Task -> what makes its pairs of documents, in random order."""
 

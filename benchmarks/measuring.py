@@ -85,6 +85,11 @@ def _private_memory(pid: int) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), None)
 
 
+def python_of(environment: Path) -> str:
+    """The interpreter, given itself or its virtual environment."""
+    return str(environment / "bin" / "python" if environment.is_dir() else environment)
+
+
 def circumstances() -> dict[str, Any]:
     """When, on what and by which command something is measured; of absolute paths the last part only."""
     arguments = [Path(part).name if part.startswith("/") else part for part in sys.argv]

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-from measuring import ChildError, Measurement, measure
+from measuring import ChildError, Measurement, measure, python_of
 
 HERE = Path(__file__).parent
 OURS = "emr-hf merge"
@@ -138,11 +138,6 @@ def mergekit_config(models: Models, path: Path, method: str, parameters: Mapping
     }
     path.write_text(json.dumps(config))
     return path
-
-
-def python_of(environment: Path) -> str:
-    """The interpreter, given itself or its virtual environment."""
-    return str(environment / "bin" / "python" if environment.is_dir() else environment)
 
 
 def run_all(

@@ -6,6 +6,8 @@ real repo, which is loaded and switched as a user would; the others rebuild weig
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 from domain import Data, Domain
+from measuring import measure, python_of
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +34,7 @@ from emr_hf.baselines import (
     weight_average,
 )
 from emr_hf.baselines.vectors import top_magnitudes
+from emr_hf.errors import OptionError
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 """What the best scale is chosen from, on the validation rows of all tasks."""
@@ -256,6 +261,28 @@ def best_scale(given: Checkpoints, scratch: Path, merge: str, scales: list[float
     return _one(given, scaled(chosen), chosen)
 
 
+def mergekit(given: Checkpoints, scratch: Path, merge: str, **parameters: float) -> Made:
+    """A merge that mergekit makes, in an environment of its own, of the tensors without their architecture.
+
+    Raises:
+        OptionError: no environment is named.
+    """
+    if "EMR_MERGEKIT" not in os.environ:
+        raise OptionError("EMR_MERGEKIT names no Python that has mergekit")
+    base, *files = (scratch / f"{index}.safetensors" for index in range(1 + len(given.finetunes)))
+    for file, weights in zip((base, *files), (given.base, *given.finetunes.values())):
+        save_file({name: weight.contiguous().clone() for name, weight in weights.items()}, file)
+    models = [{"model": str(file), "parameters": parameters} for file in files]
+    config, out = scratch / "mergekit.yaml", scratch / "merged"
+    config.write_text(json.dumps({"merge_method": merge, "base_model": str(base), "models": models}))  # JSON is YAML
+    python = python_of(Path(os.environ["EMR_MERGEKIT"]))
+    run = "from mergekit.scripts.merge_raw_pytorch import main; main()"
+    measure([python, "-c", run, str(config), str(out), "--random-seed", "0"])
+    return _one(
+        given, {name: weight for file in out.glob("*.safetensors") for name, weight in load_file(file).items()}
+    )
+
+
 # The base, and something small for each task
 
 
@@ -404,6 +431,9 @@ CONTENDERS = {
     "TIES": _one_model("ties", density=0.2),
     "TIES best": _best("ties", density=0.2),
     "DARE": _one_model("dare", density=0.1, scale=0.3),
+    "mergekit TIES": Contender(mergekit, {"merge": "ties", "density": 0.2, "weight": 1.0}),
+    "mergekit DARE-TIES": Contender(mergekit, {"merge": "dare_ties", "density": 0.2, "weight": 1.0}),
+    "mergekit model stock": Contender(mergekit, {"merge": "model_stock"}),
     "BitDelta": Contender(compressed, {"method": "bitdelta"}),
     "BitDelta everywhere": Contender(compressed, {"method": "bitdelta", "every_tensor": True}),
     "ternary": Contender(compressed, {"method": "ternary", "density": 0.1}),

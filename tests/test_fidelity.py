@@ -90,6 +90,12 @@ def test_scores_are_kept(domain, monkeypatch):
         fidelity.measure(domain, ["elect"], 0, quick=True)
 
 
+def test_a_rival_that_is_not_there_is_left_out(domain, monkeypatch, capsys):
+    monkeypatch.delenv("EMR_MERGEKIT", raising=False)
+    assert list(fidelity.measure(domain, ["individual", "mergekit TIES"], 0, quick=True).entries) == ["individual"]
+    assert "mergekit TIES: left out: EMR_MERGEKIT names no Python" in capsys.readouterr().err
+
+
 def test_elect_mask_and_rescale_are_emr(domain, tmp_path):
     given = methods.Checkpoints(domain)
     weights = {}
