@@ -368,6 +368,25 @@ def varied(
     return Made(partial(_score_with, given, rebuilt), weights_bytes(given.domain.base) + beside, beside)
 
 
+def two_bits(given: Checkpoints, scratch: Path) -> Made:
+    """Two levels for each weight, and again for what they leave: two vectors, and two bits a weight and task."""
+    base = {name: weight.float() for name, weight in given.base.items()}
+    first = emr_hf.merge_state_dicts(base, given.finetunes, method="levels")
+    left = {}
+    for task, weights in given.finetunes.items():
+        near = first.rebuild(base, task)
+        left[task] = {name: base[name] + (weights[name] - near[name]) for name in base}
+    second = emr_hf.merge_state_dicts(base, left, method="levels")
+
+    def rebuilt(task: str) -> dict[str, Tensor]:
+        parts = first.rebuild(base, task), second.rebuild(base, task)
+        return {name: parts[0][name] + (parts[1][name] - base[name]) for name in base}
+
+    bits = 2 * 32 + 2 * len(given.finetunes)  # both starts are one tensor, in the base's place
+    beside = sum(weight.numel() for weight in base.values()) * bits // 8 + given.heads
+    return Made(partial(_score_with, given, rebuilt), weights_bytes(given.domain.base) + beside, beside)
+
+
 def _ratio(above: Iterable[Tensor], below: Iterable[Tensor]) -> float:
     """Return the quotient of two sums of magnitudes; 1 for nothing by nothing."""
     sums = [sum(float(tensor.double().abs().sum()) for tensor in tensors) for tensors in (above, below)]
@@ -457,6 +476,7 @@ CONTENDERS = {
     "fit int2": _merge(method="fit", tau_dtype="int2"),
     "levels": _merge(method="levels"),
     "levels rescaled": Contender(varied, {"method": "levels", "rescaled": "task"}),
+    "levels twice": Contender(two_bits),
     "levels int8": _merge(method="levels", tau_dtype="int8"),
     "levels int4": _merge(method="levels", tau_dtype="int4"),
     "levels int2": _merge(method="levels", tau_dtype="int2"),
