@@ -1,4 +1,4 @@
-"""One merge shared out among processes of one machine, and the processes themselves.
+"""One merge shared out among processes, and the processes themselves.
 
 The processes are those of `accelerate launch`, `torchrun` or `mpirun`, of a process group that exists already, or of
 [`launch`]. What they send each other is small and goes over a gloo group of their own; tensors stay in mapped files.
@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -80,16 +80,28 @@ class Team:
         rank: this process; 0 is the main one, which makes and finishes the repo.
         size: how many there are.
         group: their gloo group; `None` for one process, which needs none.
+        machines: where each of them runs, by rank.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     leaving: Leaving = field(default_factory=Leaving)
+    machines: Sequence[str] = ("",)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_near(self) -> bool:
+        """Whether this process runs on the machine of the main one."""
+        return self.rank not in self.far
+
+    @property
+    def far(self) -> list[int]:
+        """The processes that do not."""
+        return [rank for rank, machine in enumerate(self.machines) if machine != self.machines[0]]
 
     def gather(self, value: T) -> list[T]:
         """Everyone's value, by rank.
@@ -165,7 +177,7 @@ def team(device: torch.device | str) -> Iterator[Team]:
         device: where the merge computes; every process takes one of its kind.
 
     Raises:
-        ProcessError: the processes do not find each other, or are not of one machine.
+        ProcessError: the processes do not find each other.
         OptionError: there are no process groups for such a device.
     """
     from torch import distributed
@@ -176,7 +188,7 @@ def team(device: torch.device | str) -> Iterator[Team]:
     with stoppable() as leaving:
         team = Team(distributed.get_rank(), distributed.get_world_size(), group, leaving)
         try:
-            _check_one_machine(team)
+            team.machines = team.gather(_machine())
             yield team
         finally:
             distributed.destroy_process_group(group)
@@ -201,11 +213,11 @@ def _join(device: torch.device | str) -> Any:
         raise ProcessError(f"the processes do not find each other: {one_line(error)}") from error
 
 
-def _check_one_machine(team: Team) -> None:
-    """Over a network file system two machines may write one page of a file and keep but one's part of it."""
-    machines = sorted(set(team.gather(platform.node())))
-    if len(machines) > 1:
-        raise ProcessError(f"the processes are on several machines ({', '.join(machines)}): expected one")
+def _machine() -> str:
+    """What tells machines apart: names may be the same, but each system that is started has an id of its own."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    return platform.node()
 
 
 def divide(sizes: Mapping[str, int], count: int) -> list[list[str]]:

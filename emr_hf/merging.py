@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import bits, distributed, election
+from . import bits, distributed, election, shares
 from .adapters.export import save_adapters
 from .bits import StoredVector
 from .checking import check
@@ -83,7 +83,7 @@ def merge(
 
     Where `accelerate launch` or `torchrun` has started several processes, or torch.distributed is initialised, they
     share the work out, and the repo is the same to the bit: every process has to make the same call, and gets the same
-    report, or the same error. They have to be on one machine, since all fill the same files.
+    report, or the same error. Those on several machines have to see `out` and folders of models under the same paths.
 
     Args:
         base: the pretrained model: a folder, a Hub id (`"me/repo@revision"`) or a loaded model; `None` to take the one
@@ -234,8 +234,9 @@ def write_repo(
         folder = team.lead(begin)
         for checkpoint in checkpoints:
             checkpoint.scratch = folder
-        writer = team.each(lambda: WeightsWriter(folder, plan.outputs, plan.save_as))
+        writer = team.each(lambda: shares.open_writer(plan, folder, team))
         report = fill(writer)
+        shares.take_over(writer, team)
 
         def finish() -> MergeReport:
             _finish(plan, writer, report, Path(out).name, started)
@@ -273,7 +274,7 @@ def elect(
 ) -> MergeReport:
     """Elect the merged tensors into the files of a repo, each process its share."""
     count = torch.get_num_threads() if threads is None else threads
-    names = distributed.divide({name: plan.base.infos[name].nbytes for name in plan.merged}, team.size)[team.rank]
+    names = shares.share_of(plan, team)
     disable = not team.is_main or (None if progress is None else not progress)
     stop = writer.folder / "stop"  # where one process has failed, the others need not go on
 

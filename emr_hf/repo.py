@@ -353,15 +353,18 @@ class WeightsWriter:
 
     Args:
         folder, tensors, layout: as for [`create_weights`].
+        files (*optional*): where the files are, if not in `folder` itself.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], layout: str = "model"):
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, TensorInfo], layout: str = "model", files: Path | None = None
+    ):
         self.folder = folder
         self._tensors = tensors
         self._files: list[int] = []
         places: dict[str, tuple[int, int]] = {}
         try:
-            for path in folder.glob("*.safetensors"):
+            for path in (files or folder).glob("*.safetensors"):
                 file = os.open(path, os.O_RDWR)
                 self._files.append(file)
                 (length,) = struct.unpack("<Q", os.pread(file, 8, 0))

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import emr_hf
-from emr_hf import cli, distributed, errors, merging, repo
+from emr_hf import cli, distributed, errors, merging, repo, shares
 from tests import adapters, tiny
 from tests.test_cli import assert_one_line_error, write_recipe
 from tests.test_sources import copy_of, edit_tensors
@@ -155,6 +155,42 @@ def test_processes_make_the_repo_that_one_makes(in_processes, jobs, tmp_path, co
         assert timeless(process.answer["again"]) == timeless(alone.answer["full"])
         assert type(process.answer["refused"]) is emr_hf.RepoError
         assert type(process.answer["nowhere"]) is emr_hf.OptionError
+
+
+def merge_apart(jobs, folder):
+    """[`merge_all`] where only the first process is on the main machine, and where weights were written."""
+    rank, write, written = int(os.environ["RANK"]), repo.WeightsWriter.write, set()
+    distributed._machine = lambda: f"machine {min(rank, 1)}"
+
+    def noting(writer, *arguments):
+        write(writer, *arguments)
+        written.update(Path(os.readlink(f"/proc/self/fd/{file}")).parent.name for file in writer._files)
+
+    repo.WeightsWriter.write = noting
+    return merge_all(jobs, folder), written
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at open files in /proc")
+def test_machines_do_not_write_into_the_same_files(in_processes, jobs, tmp_path):
+    [alone] = in_processes(1, merge_all, jobs, tmp_path / "one")
+    shared = in_processes(3, merge_apart, jobs, tmp_path / "many")
+    for name in sorted(path.name for path in (tmp_path / "one").iterdir()):
+        assert files_of(tmp_path / "many" / name) == files_of(tmp_path / "one" / name)
+    for rank, process in enumerate(shared):
+        reports, written = process.answer
+        assert timeless(reports["again"]) == timeless(alone.answer["full"])
+        assert str(reports["merged"]) == str(alone.answer["merged"])
+        if rank:
+            assert written == {f"part-{rank}"}
+        else:
+            assert all(name.startswith(".") for name in written)
+
+
+def test_a_machine_has_to_see_the_output(bert_inputs, tmp_path):
+    plan = emr_hf.check(emr_hf.Recipe(bert_inputs.base, bert_inputs.finetunes))
+    far = distributed.Team(rank=1, size=2, machines=("one", "two"))
+    with pytest.raises(emr_hf.ProcessError, match="process 1, on another machine than the main one, does not see"):
+        shares.open_writer(plan, tmp_path / "elsewhere", far)
 
 
 def test_tensors_are_shared_out_by_size_and_modules_stay_together():

@@ -1,0 +1,79 @@
+"""What processes on other machines than the main one write of a repo, in files of their own until it takes them over.
+
+Over a network file system a machine writes whole pages: of one that two machines write, each would keep but its own
+part.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .distributed import Team, divide
+from .errors import ProcessError
+from .plan import Plan
+from .repo import WeightsWriter, create_weights, mask_name, model_name, scale_name, tau_name
+from .storage import SafetensorsStorage
+
+
+def share_of(plan: Plan, team: Team) -> list[str]:
+    """The merged tensors that are this process' part of the work."""
+    return divide({name: plan.base.infos[name].nbytes for name in plan.merged}, team.size)[team.rank]
+
+
+def open_writer(plan: Plan, folder: Path, team: Team) -> WeightsWriter:
+    """What this process writes its share with: into the repo's files, or on another machine into its own.
+
+    Args:
+        folder: the repo, in which the main process has made the files.
+
+    Raises:
+        ProcessError: this machine does not see the folder.
+    """
+    if team.is_near:
+        return WeightsWriter(folder, plan.outputs, plan.save_as)
+    if not folder.is_dir():
+        raise ProcessError(
+            f"process {team.rank}, on another machine than the main one, does not see {folder.parent}: expected an "
+            "output folder on a file system that all machines share, under one path"
+        )
+    tensors = {name: plan.outputs[name] for name in _written_for(plan, share_of(plan, team)) if name in plan.outputs}
+    files = _files(folder, team.rank)
+    files.mkdir()
+    if tensors:
+        create_weights(files, tensors, plan.recipe.max_shard_size)
+    return WeightsWriter(folder, tensors, files=files)
+
+
+def _files(folder: Path, rank: int) -> Path:
+    return folder / f"part-{rank}"
+
+
+def _written_for(plan: Plan, merged: list[str]) -> list[str]:
+    """The names that an election or a fit writes for merged tensors, and perhaps some that it does not."""
+    keys = plan.task_keys.values()
+    return [
+        written
+        for name in merged
+        for written in (model_name(name), tau_name(name), scale_name(name), *(mask_name(key, name) for key in keys))
+    ]
+
+
+def take_over(writer: WeightsWriter, team: Team) -> None:
+    """Copy what other machines have written into the repo's files; all processes call this, the main one copies."""
+
+    def let_go() -> None:
+        if not team.is_near:
+            writer.close()  # only then do other machines see it
+
+    def copy() -> None:
+        for rank in team.far:
+            files = _files(writer.folder, rank)
+            part = SafetensorsStorage(f"process {rank}", sorted(files.glob("*.safetensors")))
+            for name in part.infos:
+                writer.write(name, part.read(name))
+            shutil.rmtree(files)
+
+    if team.far:
+        team.each(let_go)
+        team.lead(copy)
