@@ -165,6 +165,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, help=".csv, .tsv, .json(l), .parquet, a saved folder, or Hub id[:split]"
     )
     parser.add_argument("--task", help="the task (default: the repo's default task)")
+    parser.add_argument("--config", help="of the data, where it has several, such as sst2 of nyu-mll/glue")
     parser.add_argument("--split", help="of the data, where it has several")
     parser.add_argument(
         "--text-column",
@@ -263,6 +264,7 @@ def _eval(options: argparse.Namespace) -> None:
         options.repo,
         options.data,
         options.task,
+        config=options.config,
         split=options.split,
         text_column=options.text_column,
         label_column=options.label_column,

@@ -92,6 +92,7 @@ def evaluate_task(
     data: str | Path,
     task: str | None = None,
     *,
+    config: str | None = None,
     split: str | None = None,
     text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
@@ -110,6 +111,7 @@ def evaluate_task(
             `datasets.load_dataset` reads, or the Hub id of a data set, `name[:split]`. In a `.tsv` file quotes are
             characters like any other.
         task (*optional*): the repo's default task, if not given.
+        config (*optional*): of several in one data set of the Hub or a folder: `"sst2"` of `nyu-mll/glue`.
         split (*optional*): of the data, where it has several.
         text_column (*optional*): the column of texts or images, or two columns of a pair; found by its name if it is
             called as usual (`text`, `sentence`; `text` and `text_pair`, `premise` and `hypothesis`; `image`).
@@ -136,12 +138,12 @@ def evaluate_task(
         if value is not None and value < 1:
             raise OptionError(f"{name}={value}: expected at least 1")
     where = working_device(None, device)
-    side, config = _open(repo)
-    task = config.default_task if task is None else task
-    entry = config.entry(task)
-    kind = _kind_of(config, task)
+    side, repo_settings = _open(repo)
+    task = repo_settings.default_task if task is None else task
+    entry = repo_settings.entry(task)
+    kind = _kind_of(repo_settings, task)
     measures = _measures([metrics] if isinstance(metrics, str) else metrics)
-    found = read_data(data, split, text_column, label_column, rows, kind)
+    found = read_data(data, config, split, text_column, label_column, rows, kind)
     references = label_ids(found.labels, found.label_names, entry["id2label"], task)
     for name, measure in measures.items():
         _measured(name, measure, references, references)  # what cannot be computed is told before the model works

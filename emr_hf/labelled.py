@@ -43,6 +43,7 @@ class LabelledData:
 
 def read_data(
     data: str | Path,
+    config: str | None,
     split: str | None,
     text_column: str | Sequence[str] | None,
     label_column: str | None,
@@ -52,13 +53,13 @@ def read_data(
     """Read labelled rows.
 
     Args:
-        data, split, text_column, label_column, rows: as for [`evaluate_task`].
+        data, config, split, text_column, label_column, rows: as for [`evaluate_task`].
         kind: `"text"` or `"image"`.
 
     Raises:
         OptionError: the data cannot be read, or lacks what is asked for.
     """
-    found = _one_split(_load(str(data), split), split, data)
+    found = _one_split(_load(str(data), config, split), split, data)
     names = list(found.column_names)
     columns = _input_columns(names, [text_column] if isinstance(text_column, str) else text_column, kind, data)
     label = _column(names, label_column, data) if label_column else next((n for n in LABELS if n in names), None)
@@ -80,7 +81,7 @@ def read_data(
     return LabelledData(values, list(found[label]), getattr(found.features[label], "names", None))
 
 
-def _load(data: str, split: str | None) -> Any:
+def _load(data: str, config: str | None, split: str | None) -> Any:
     """What `datasets` makes of it: a `Dataset`, or a `DatasetDict` of several."""
     try:
         import datasets
@@ -92,15 +93,24 @@ def _load(data: str, split: str | None) -> Any:
     try:
         if path.is_dir():
             saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-            return datasets.load_from_disk(data) if saved else datasets.load_dataset(data)
+            if not saved:
+                return datasets.load_dataset(data, config)
+            _refuse_config(config, data)
+            return datasets.load_from_disk(data)
         if path.suffix.lower() in FILES or path.is_file():
+            _refuse_config(config, data)
             return _load_file(datasets, path)
         name, _, hub_split = data.partition(":")
-        return datasets.load_dataset(name, split=split or hub_split or None)
+        return datasets.load_dataset(name, config, split=split or hub_split or None)
     except OptionError:
         raise
     except Exception as error:  # the library raises many kinds
         raise OptionError(f"cannot read the data {data}: {one_line(error.__cause__ or error)}") from None
+
+
+def _refuse_config(config: str | None, data: str) -> None:
+    if config is not None:
+        raise OptionError(f"config={config!r}: {data} is one data set, which has no configurations to choose from")
 
 
 def _load_file(datasets: Any, path: Path) -> Any:

@@ -119,6 +119,23 @@ def test_pairs_of_a_saved_data_set_with_splits_and_names_of_its_own(run, repo, t
     assert result.status == 1 and "Did you mean 'test'" in result.err
 
 
+def test_a_data_set_of_several_configurations(run, repo, tmp_path, monkeypatch):
+    folder = tmp_path / "glue"
+    right = predicted(repo, TEXTS)
+    for name, labels in (("sst2", right), ("other", [1 - label for label in right])):
+        (folder / name).mkdir(parents=True)
+        write_csv(folder / name / "validation.csv", TEXTS, labels)
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("sst2", "other"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, expected in (("sst2", "1.0000"), ("other", "0.0000")):
+        result = run(repo, "--data", folder, "--config", name)
+        assert result.status == 0 and expected in result.out, result.err
+    assert "sst2" in fails(run, monkeypatch, repo, "--data", folder)
+    assert "sst2" in fails(run, monkeypatch, repo, "--data", folder, "--config", "sst3")
+    file = folder / "sst2" / "validation.csv"
+    assert "config='sst2'" in fails(run, monkeypatch, repo, "--data", file, "--config", "sst2")
+
+
 def test_images_by_path(tmp_path):
     from PIL import Image
 
