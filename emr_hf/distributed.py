@@ -214,9 +214,9 @@ def _join(device: torch.device | str) -> Any:
 
 
 def _machine() -> str:
-    """What tells machines apart: names may be the same, but each system that is started has an id of its own."""
+    """What tells machines apart: their names may be the same, the ids of started systems hardly."""
     with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text()
+        return platform.node() + Path("/proc/sys/kernel/random/boot_id").read_text()
     return platform.node()
 
 

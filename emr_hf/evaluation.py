@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +72,10 @@ class Evaluation:
             row = [name, _text(value)]
             if self.compared:
                 other = self.compared_metrics.get(name)
-                row += [_text(other), f"{value / other:.1%}" if _is_number(value) and _is_number(other) else ""]
+                row += [
+                    _text(other),
+                    f"{value / other:.1%}" if _is_finite(value) and _is_finite(other) and other else "",
+                ]
             rows.append(row)
         lines = [f"{self.repo}: {self.task} on {self.rows} rows of {self.data}", "", *table(header, rows)]
         if self.agreement is not None:
@@ -83,8 +87,8 @@ def _text(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and value != 0
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def evaluate_task(
@@ -135,8 +139,8 @@ def evaluate_task(
         RepoError: not a merged repo.
     """
     for name, value in (("batch_size", batch_size), ("rows", rows)):
-        if value is not None and value < 1:
-            raise OptionError(f"{name}={value}: expected at least 1")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise OptionError(f"{name}={value}: expected a whole number, at least 1")
     where = working_device(None, device)
     side, repo_settings = _open(repo)
     task = repo_settings.default_task if task is None else task

@@ -44,7 +44,7 @@ def check_method(method: str, rescale: str | None) -> str:
         return "none" if method == "levels" else "global"
     check_choice("rescale", rescale, RESCALERS)
     if method == "levels" and rescale != "none":
-        raise OptionError(f"rescale={rescale!r}: method='levels' has none, as its levels are the weights themselves")
+        raise OptionError(f"rescale={rescale!r}: method='levels' has none, leave it out: its levels are the weights")
     return rescale
 
 
@@ -205,6 +205,7 @@ class TensorFit:
         swap = high.abs() < low.abs()
         near, far = torch.where(swap, high, low), torch.where(swap, low, high)
         start = (base.to(torch.float32) + near).to(base.dtype)
+        _check_finite(start, "a weight's level, in the base's dtype,", str(base.dtype).removeprefix("torch."))
         return start, torch.where(far == near, 0, far - (start.to(torch.float32) - base.to(torch.float32)))
 
     def _thresholds(self) -> Tensor:
@@ -222,9 +223,13 @@ class TensorFit:
         else:
             tau = exact.to(TAU_DTYPES.get(self.tau_dtype, torch.float32)) + 0.0  # no -0.0 of underflow
             used = tau.to(torch.float32)
-        if not torch.isfinite(used).all():
-            raise OptionError(f"the unified task vector, or what leads to it, overflows in {self.tau_dtype}")
+        _check_finite(used, "the unified task vector, or what leads to it,", self.tau_dtype)
         return tau, row_scales, used
+
+
+def _check_finite(values: Tensor, what: str, dtype: str) -> None:
+    if not torch.isfinite(values).all():
+        raise OptionError(f"{what} overflows in {dtype}")
 
 
 def compare(

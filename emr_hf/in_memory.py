@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import bits, election
 from .election import Partial, Sums, TensorElection, TensorSums, shared_names, torch_threads
-from .errors import NonFiniteError, OptionError
+from .errors import NonFiniteError, OptionError, UnknownTaskError
 from .fitting import TensorFit, check_method
 from .threads import run_all
 
@@ -37,7 +37,13 @@ class Merge:
     base: dict[str, Tensor] = field(default_factory=dict)
 
     def rebuild(self, base: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
-        """A task's merged tensors, by name, in the base's dtype: see `emr_hf.bits.rebuild`."""
+        """A task's merged tensors, by name, in the base's dtype: see `emr_hf.bits.rebuild`.
+
+        Raises:
+            UnknownTaskError: with the nearest names.
+        """
+        if task not in self.rescalers:
+            raise UnknownTaskError(task, self.rescalers)
         rescaler = torch.tensor(self.rescalers[task], dtype=torch.float32)
         return {
             name: bits.rebuild(self.base.get(name, base[name]), tau, bits.pack(self.masks[task][name]), rescaler)
@@ -144,6 +150,8 @@ class _Work:
         except NonFiniteError as error:
             shape = self.base[name].shape
             raise error.located(name, shape, ["base", *self.finetunes][error.source + 1]) from None
+        except OptionError as error:  # an overflow
+            raise OptionError(f"{name}: {error}") from None
         return TensorSums.total(parts).tasks
 
     def _keep(self, name: str, tau: Tensor, packed: list[Tensor]) -> None:

@@ -96,11 +96,16 @@ def _load(data: str, config: str | None, split: str | None) -> Any:
             if not saved:
                 return datasets.load_dataset(data, config)
             _refuse_config(config, data)
-            return datasets.load_from_disk(data)
+            found = datasets.load_from_disk(data)
+            if split is not None and not isinstance(found, dict):
+                raise OptionError(f"split={split!r}: {data} is one data set, which has no splits to choose from")
+            return found
         if path.suffix.lower() in FILES or path.is_file():
             _refuse_config(config, data)
             return _load_file(datasets, path)
         name, _, hub_split = data.partition(":")
+        if split and hub_split and split != hub_split:
+            raise OptionError(f"split={split!r}: {data} names another one")
         return datasets.load_dataset(name, config, split=split or hub_split or None)
     except OptionError:
         raise
@@ -198,28 +203,31 @@ def label_ids(
     """The task's ids of labels that are given as names or ids.
 
     Args:
-        labels: a value a row: a name, with or without capitals, or an id.
-        label_names: names of the data's ids, where it tells them. They are what counts where the task has them all.
+        labels: a value a row: a name, with or without capitals, or an id. A number is a name if all labels are names.
+        label_names: names of the data's ids, where it tells them. They are what counts where the task has one of them.
         id2label: the task's.
         task: its name, for the error.
 
     Raises:
         OptionError: labels that the task does not have, with those that it has.
     """
-    if label_names is not None and {name.lower() for name in label_names} <= {n.lower() for n in id2label.values()}:
-        labels = [label_names[label] if _is_id(label, range(len(label_names))) else label for label in labels]
     exact = {name: index for index, name in id2label.items()}
     lower = {name.lower(): index for index, name in id2label.items()}
+    if label_names is not None and any(name.lower() in lower for name in label_names):
+        labels = [label_names[int(label)] if _is_id(label, range(len(label_names))) else label for label in labels]
 
-    def id_of(label: Any) -> int | None:
+    def by_name(label: Any) -> int | None:
+        text = label if isinstance(label, str) else str(int(label)) if _is_whole(label) else ""
+        return exact.get(text, lower.get(text.strip().lower()))
+
+    def by_id(label: Any) -> int | None:
         if isinstance(label, str):
-            found = exact.get(label, lower.get(label.strip().lower()))
-            if found is None and label.strip().isdecimal():
-                found = int(label)
-            return found if found in id2label else None
+            label = int(label) if label.strip().isdecimal() else None
         return int(label) if _is_id(label, id2label) else None
 
-    ids = [id_of(label) for label in labels]
+    ids = [by_name(label) for label in labels]
+    if None in ids:  # a task of names such as 1 to 5 has them as names, where all labels are names
+        ids = [by_id(label) if _is_numeral(label) else found for label, found in zip(labels, ids)]
     unknown = dict.fromkeys(repr(label) for label, found in zip(labels, ids) if found is None)
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -228,5 +236,13 @@ def label_ids(
     return [found for found in ids if found is not None]
 
 
+def _is_numeral(label: Any) -> bool:
+    return label.strip().isdecimal() if isinstance(label, str) else True
+
+
+def _is_whole(label: Any) -> bool:
+    return isinstance(label, (int, float)) and math.isfinite(label) and label == int(label)
+
+
 def _is_id(label: Any, known: Any) -> bool:
-    return isinstance(label, (int, float)) and math.isfinite(label) and label == int(label) and int(label) in known
+    return _is_whole(label) and int(label) in known

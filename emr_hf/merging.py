@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -140,7 +139,7 @@ def merge_recipe(
             plan = team.each(prepare)
             _name_as_given(plan, as_given)
             plan.recipe = replace(recipe, align=asked.align)
-        if len(set(team.gather(_fingerprint(plan)))) > 1:
+        if len(set(team.gather(shares.fingerprint(plan)))) > 1:
             raise MismatchError("the processes of this merge do not merge the same: all must be given the same inputs")
         if tell is not None and team.is_main:
             tell(plan)
@@ -163,13 +162,6 @@ def _name_as_given(plan: Plan, given: Plan) -> None:
     """Name the inputs by what was aligned, not by the temporary folders of what came of it."""
     for ours, theirs in zip((plan.base, *plan.finetunes.values()), (given.base, *given.finetunes.values())):
         ours.source.name, ours.source.revision = theirs.source.name, theirs.source.revision
-
-
-def _fingerprint(plan: Plan) -> str:
-    """What all processes must agree on."""
-    checkpoints = (plan.base, *plan.finetunes.values())
-    sources = [(checkpoint.source.label, checkpoint.source.revision) for checkpoint in checkpoints]
-    return hashlib.sha256(repr((sources, plan.merged, plan.outputs)).encode()).hexdigest()
 
 
 def run(
@@ -198,9 +190,12 @@ def working_device(threads: int | None, device: torch.device | str) -> torch.dev
     if threads is not None and threads < 1:
         raise OptionError(f"threads={threads}: expected at least 1")
     try:
-        return torch.empty(0, device=device).device
+        where = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(f"device={device!r}: {one_line(error)}") from None
+    if where.type == "meta":
+        raise OptionError(f"device={str(device)!r}: expected one that computes")
+    return where
 
 
 @torch.no_grad()
@@ -360,6 +355,8 @@ def _naming(plan: Plan, name: str) -> Iterator[None]:
         yield
     except NonFiniteError as error:
         raise error.located(name, plan.base.infos[name].shape, ["base", *plan.tasks][error.source + 1]) from None
+    except OptionError as error:  # an overflow
+        raise OptionError(f"{name}: {error}") from None
 
 
 def _elections(plan: Plan, writer: WeightsWriter | None, name: str, device: torch.device | str) -> Iterator[Job]:
@@ -475,7 +472,8 @@ def _report(plan: Plan, found: Mapping[str, TensorSums]) -> MergeReport:
             "elements": plan.base.infos[name].numel,
             "tasks": {task: _numbers(own, numbers.rescaler) for (task, numbers), own in rows},
         }
-    report.warnings += suspicious(plan, {task: Sums.total(parts) for task, parts in sums.items()})
+    errors = {task: numbers.relative_error for task, numbers in report.tasks.items()}
+    report.warnings += suspicious(plan, {task: Sums.total(parts) for task, parts in sums.items()}, errors)
     return report
 
 

@@ -18,7 +18,7 @@ from .adapters.layers import unload
 from .bank import EMRBank
 from .checkpoint import model_class_of
 from .configuration import EMRConfig
-from .errors import EMRError, MismatchError, OffloadedError, OptionError
+from .errors import EMRError, MismatchError, OffloadedError, OptionError, one_line
 from .heads import architectures_of, auto_map, auto_name, wrapper_name
 from .hub import push_folder, push_model, saved_tensors, write_repo_files
 from .repo import copy_side_files, side_files_of
@@ -94,6 +94,10 @@ class EMRMergedModel(PreTrainedModel):
         super().__init__(config)
         if emr_memory not in MEMORY:
             raise OptionError(f"emr_memory={emr_memory!r} is unknown: expected one of {', '.join(MEMORY)}")
+        try:
+            place = None if emr_device is None else torch.device(emr_device)
+        except RuntimeError as error:
+            raise OptionError(f"emr_device={emr_device!r}: {one_line(error)}") from None
         self._initial_task = emr_task or config.default_task
         if config.tasks:
             config.entry(self._initial_task)
@@ -106,7 +110,7 @@ class EMRMergedModel(PreTrainedModel):
         self._lock = mixed.Lock()
         self._switch = Switch(self.model, config, mapped=emr_memory == "mapped")
         self.emr = self._switch.bank
-        self.emr.place = None if emr_device is None else torch.device(emr_device)
+        self.emr.place = place
         self._keys_to_ignore_on_load_missing = [rf"^model\.{re.escape(name)}$" for name in self._switch.private_names]
         self.register_state_dict_post_hook(_save_base_weights)
         self.register_load_state_dict_pre_hook(_restore_base)

@@ -6,6 +6,7 @@ part.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,33 @@ from .errors import ProcessError
 from .plan import Plan
 from .repo import WeightsWriter, create_weights, mask_name, model_name, scale_name, tau_name
 from .storage import SafetensorsStorage
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""Of a file, for [`fingerprint`]."""
+
+
+def fingerprint(plan: Plan) -> str:
+    """What all processes must agree on: the recipe, what is to be written, and the inputs, of which samples tell."""
+    settings = {name: value for name, value in vars(plan.recipe).items() if name not in ("base", "finetunes")}
+    sources = [checkpoint.source for checkpoint in (plan.base, *plan.finetunes.values())]
+    told = [(source.label, source.revision) for source in sources]
+    digest = hashlib.sha256(repr((settings, plan.save_as, told, plan.merged, plan.outputs)).encode())
+    for given in (given for source in sources for given in (source, source.adapter)):
+        if given is not None and given.folder is not None:
+            for path in sorted((*given.folder.glob("*.safetensors"), *given.folder.glob("*.bin"))):
+                digest.update(_sampled(path))
+    return digest.hexdigest()
+
+
+def _sampled(path: Path) -> bytes:
+    """A file's size, and bytes from all over it."""
+    size = path.stat().st_size
+    parts = [str(size).encode()]
+    with path.open("rb") as file:
+        for index in range(SAMPLES):
+            file.seek(size * index // SAMPLES)
+            parts.append(file.read(SAMPLE_BYTES))
+    return b"".join(parts)
 
 
 def share_of(plan: Plan, team: Team) -> list[str]:
@@ -59,6 +87,12 @@ def _written_for(plan: Plan, merged: list[str]) -> list[str]:
     ]
 
 
+def _copy(files: Path, writer: WeightsWriter) -> None:
+    part = SafetensorsStorage(files.name, sorted(files.glob("*.safetensors")))
+    for name in part.infos:
+        writer.write(name, part.read(name))
+
+
 def take_over(writer: WeightsWriter, team: Team) -> None:
     """Copy what other machines have written into the repo's files; all processes call this, the main one copies."""
 
@@ -68,11 +102,8 @@ def take_over(writer: WeightsWriter, team: Team) -> None:
 
     def copy() -> None:
         for rank in team.far:
-            files = _files(writer.folder, rank)
-            part = SafetensorsStorage(f"process {rank}", sorted(files.glob("*.safetensors")))
-            for name in part.infos:
-                writer.write(name, part.read(name))
-            shutil.rmtree(files)
+            _copy(_files(writer.folder, rank), writer)
+            shutil.rmtree(_files(writer.folder, rank))  # no longer mapped: NFS would keep a file that is
 
     if team.far:
         team.each(let_go)

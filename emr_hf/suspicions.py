@@ -14,19 +14,28 @@ from .finished import FinishedTask
 from .plan import Plan
 
 
-def suspicious(plan: Plan, totals: Mapping[str, Sums]) -> list[str]:
-    """What only the tensors tell: a finetune equal to the base or to another one, and a dominating one."""
+def suspicious(plan: Plan, totals: Mapping[str, Sums], errors: Mapping[str, float]) -> list[str]:
+    """What only the tensors tell: a finetune equal to the base or to another one, a dominating one, one that is lost.
+
+    Args:
+        plan: what was merged.
+        totals: task -> its sums over all merged tensors.
+        errors: task -> relative L2 error of what is rebuilt.
+    """
     warnings = []
-    known = " ".join(plan.warnings)
     seen: dict[tuple[float, ...], str] = {}
+
+    def known(start: str) -> bool:
+        return any(warning.startswith(start) for warning in plan.warnings)
+
     for task, total in totals.items():
-        if total.nonzero == 0 and f"{task}: is the base itself" not in known:
+        if total.nonzero == 0 and not known(f"{task}: is the base itself"):
             warnings.append(f"{task}: every merged tensor equals the base's; its task vector is zero")
         fingerprint = tuple(vars(total).values())
-        if total.nonzero and fingerprint in seen and f"{task}: is the same checkpoint" not in known:
+        if total.nonzero and fingerprint in seen and not known(f"{task}: is the same checkpoint"):
             warnings.append(f"{task}: its merged tensors are those of {seen[fingerprint]}")
         seen.setdefault(fingerprint, task)
-    return warnings + _dominating(totals, plan.recipe.method) + _near_duplicates(plan, totals)
+    return warnings + _dominating(totals, plan.recipe.method) + _lost(errors) + _near_duplicates(plan, totals)
 
 
 _DOMINATES = {
@@ -49,6 +58,18 @@ def _dominating(totals: Mapping[str, Sums], method: str, times: float = 4.0) -> 
     return [
         f"{longest}: its task vector is {lengths[longest] / median:.1f} times as long as the others' median; "
         f"{_DOMINATES[method]}"
+    ]
+
+
+def _lost(errors: Mapping[str, float]) -> list[str]:
+    """Tasks that are nearer to the base than to what is rebuilt of them."""
+    lost = {task: error for task, error in errors.items() if error > 1}
+    if not lost:
+        return []
+    told = ", ".join(f"{error:.2f}" for error in lost.values())
+    return [
+        f"{', '.join(lost)}: further from what is rebuilt than from the base (relative error {told}): "
+        "measure what is kept (emr-hf eval --compare)"
     ]
 
 

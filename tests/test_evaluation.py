@@ -136,6 +136,37 @@ def test_a_data_set_of_several_configurations(run, repo, tmp_path, monkeypatch):
     assert "config='sst2'" in fails(run, monkeypatch, repo, "--data", file, "--config", "sst2")
 
 
+def test_a_split_is_not_ignored(run, repo, tmp_path, monkeypatch):
+    datasets.Dataset.from_dict({"text": TEXTS, "label": [0] * 6}).save_to_disk(tmp_path / "saved")
+    assert "split='test'" in fails(run, monkeypatch, repo, "--data", tmp_path / "saved", "--split", "test")
+    assert "split='b'" in fails(run, monkeypatch, repo, "--data", "me/data:a", "--split", "b")
+
+
+def test_labels_are_names_or_ids():
+    nli, stars = {0: "no", 1: "Yes", 2: "maybe"}, {index: str(index + 1) for index in range(5)}
+    ids = partial(labelled.label_ids, task="nli")
+    assert ids(["yes", "2", 0], None, nli) == [1, 2, 0]
+    assert ids([0, 1, 2.0], ["yes", "maybe", "no"], nli) == [1, 2, 0]
+    assert ids([0, 1], ["yes", "maybe", "hidden"], nli) == [1, 2]
+    assert ids([0, 1], ["LABEL_0", "LABEL_1"], nli) == [0, 1]
+    with pytest.raises(emr_hf.OptionError, match=r"nli does not have the labels 'hidden'\. It has: no \(0\)"):
+        ids([0, 2], ["yes", "maybe", "hidden"], nli)
+    for kind in (str, int, float):
+        texts = "{:.0f}".format if kind is str else kind
+        assert ids([texts(value) for value in (1, 2, 5)], None, stars) == [0, 1, 4]
+        assert ids([texts(value) for value in (0, 1, 4)], None, stars) == [0, 1, 4]
+    with pytest.raises(emr_hf.OptionError, match=r"does not have the labels 5\."):
+        ids([0, 5], None, stars)
+
+
+def test_kept_is_told_where_it_is_a_number():
+    found = {"none": 0.0, "nan": float("nan"), "half": 0.4, "zero": 0.0}
+    alone = {"none": 0.5, "nan": 0.5, "half": 0.8, "zero": 0.0}
+    lines = str(emr_hf.Evaluation("repo", "task", "data", 2, found, "alone", alone)).splitlines()
+    shares = {line.split()[0]: line.split()[-1] for line in lines if line.split()[:1] and line.split()[0] in found}
+    assert shares == {"none": "0.0%", "nan": "0.5000", "half": "50.0%", "zero": "0.0000"}
+
+
 def test_images_by_path(tmp_path):
     from PIL import Image
 
@@ -219,9 +250,9 @@ def test_a_metric_of_nan_is_null_in_json(run, repo, tmp_path):
 def test_quotes_and_words_that_stand_for_nothing_are_text(run, repo, tmp_path):
     lines = ['"good film\t0', "bad\t1", 'bad"\t1', "null\t0", "NA\t0"]
     (tmp_path / "data.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
-    assert labelled.read_data(tmp_path / "data.tsv", None, None, None, None, "text").labels == [0, 1, 1, 0, 0]
+    assert labelled.read_data(tmp_path / "data.tsv", *[None] * 5, "text").labels == [0, 1, 1, 0, 0]
     assert emr_hf.evaluate_task(repo, tmp_path / "data.tsv").rows == 5
-    found = labelled.read_data(write_csv(tmp_path / "na.csv", ["NA", "null"], ["None", "n/a"]), *[None] * 4, "text")
+    found = labelled.read_data(write_csv(tmp_path / "na.csv", ["NA", "null"], ["None", "n/a"]), *[None] * 5, "text")
     assert (found.columns, found.labels) == ([["NA", "null"]], ["None", "n/a"])
 
 

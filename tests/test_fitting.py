@@ -88,8 +88,15 @@ def test_small_and_large_numbers_are_fitted_as_others_are(loops, size):
 @pytest.mark.parametrize("method", ["fit", "levels"])
 def test_what_overflows_is_an_error(method):
     finetunes = {str(task): {"w": torch.full((4,), 1.5e38 if task else -1e38)} for task in range(4)}
-    with pytest.raises(OptionError, match="overflows in float32"):
+    with pytest.raises(OptionError, match=r"^w: .* overflows in float32"):
         emr_hf.merge_state_dicts({"w": torch.zeros(4)}, finetunes, method=method)
+
+
+@pytest.mark.parametrize("values", [(1e5,), (1e5, 1e5), (1e5, 1e6)])
+def test_a_level_that_the_base_cannot_hold_is_an_error(values):
+    finetunes = {str(value): {"w": torch.full((4,), value)} for value in values}
+    with pytest.raises(OptionError, match=r"^w: a weight's level, in the base's dtype, overflows in float16"):
+        emr_hf.merge_state_dicts({"w": torch.zeros(4, dtype=torch.float16)}, finetunes, method="levels")
 
 
 @pytest.mark.skipif(not kernels.available(), reason="the compiled loops were not built (no C++ compiler)")
@@ -197,6 +204,8 @@ def test_in_memory_and_in_a_repo_are_the_same(bert_inputs, tmp_path, method):
         for name, expected in merge.rebuild(base, task).items():
             assert torch.equal(weights[name], expected), (task, name)
         assert report.tasks[task].rescaler == pytest.approx(merge.rescalers[task])
+    with pytest.raises(emr_hf.UnknownTaskError, match="'item'. Did you mean 'items'"):
+        merge.rebuild(base, "item")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import transformers
 from PIL import Image
 
 import emr_hf
-from emr_hf import hub, inspection
+from emr_hf import hub, inspection, suspicions
 from emr_hf.layers import by_kind, by_layer, kind_of, worst_tensors
 from emr_hf.plotting import plot_layers
 from emr_hf.report import TensorNumbers, to_json
@@ -289,6 +290,28 @@ def test_what_is_equal_or_unlike_is_not_told_as_near(bert_inputs, bert_repo, tmp
     assert warnings and not any("nearly the same" in warning for warning in warnings)
 
 
+def warnings_of(merge, errors=None, known=()):
+    plan = SimpleNamespace(tasks=[], finetunes={}, merged=[], recipe=SimpleNamespace(method="emr"), warnings=known)
+    return suspicions.suspicious(plan, merge.sums, errors or {})
+
+
+def test_what_is_known_of_a_task_is_told_once():
+    base = {"w": torch.ones(8)}
+    merge = emr_hf.merge_state_dicts(base, {"ba": base, "a": base, "moved": {"w": torch.zeros(8)}})
+    assert [warning.split(":")[0] for warning in warnings_of(merge)] == ["ba", "a"]
+    [warning] = warnings_of(merge, known=["ba: is the base itself"])
+    assert warning.startswith("a: every merged tensor equals the base's")
+
+
+def test_tasks_that_are_lost_are_told():
+    generator = torch.Generator().manual_seed(0)
+    finetunes = {task: {"w": torch.randn(4000, generator=generator)} for task in "abc"}
+    finetunes["short"] = {"w": torch.randn(4000, generator=generator) / 7}
+    merge = emr_hf.merge_state_dicts({"w": torch.zeros(4000)}, finetunes, method="levels")
+    [warning] = warnings_of(merge, {task: sums.relative_error(1.0) for task, sums in merge.sums.items()})
+    assert warning.startswith("short: further from what is rebuilt than from the base (relative error 2.1")
+
+
 @pytest.mark.parametrize("method", ["emr", "fit"])
 def test_a_copy_of_a_task_is_told_when_it_is_added(bert_inputs, tmp_path, method):
     later = near(bert_inputs, "mnli.v1", tmp_path / "later", 0.3)
@@ -313,5 +336,6 @@ def test_a_dominating_task_is_told(bert_inputs, tmp_path, method, told):
     far = transformers.BertForSequenceClassification.from_pretrained(bert_inputs.finetunes["items"])
     finetunes = {**bert_inputs.finetunes, "far": tiny.move(far, 5, scale=0.5)}
     report = emr_hf.merge(bert_inputs.base, finetunes, tmp_path / "out", method=method)
-    assert [warning.split(":")[0] for warning in report.warnings] == ["far"]
-    assert "times as long" in report.warnings[0] and told in report.warnings[0]
+    first, *lost = report.warnings
+    assert first.startswith("far: ") and "times as long" in first and told in first
+    assert [warning.split(":")[0] for warning in lost] == ([] if method == "levels" else ["glue/sst2, mnli.v1, items"])

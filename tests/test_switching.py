@@ -290,3 +290,5 @@ def test_a_bank_that_stays_follows_a_cast_only(bert_repo):
 def test_an_unknown_place_is_an_error(bert_repo):
     with pytest.raises(OptionError, match="emr_memory='disk'.*resident, mapped"):
         load(bert_repo, emr_memory="disk")
+    with pytest.raises(OptionError, match="emr_device='banana'"):
+        load(bert_repo, emr_device="banana")
