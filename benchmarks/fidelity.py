@@ -300,7 +300,7 @@ def draw_counts(axes: Any, counts: Mapping[int, Sequence[Result]]) -> None:
     axes.set_xticks(list(counts), map(str, counts))
     axes.set_xlabel("number of tasks N")
     axes.set_title("letters of scripts, a small ViT", fontsize=12, loc="left")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.22))
 
 
 # The command line
