@@ -102,8 +102,9 @@ def take_over(writer: WeightsWriter, team: Team) -> None:
 
     def copy() -> None:
         for rank in team.far:
-            _copy(_files(writer.folder, rank), writer)
-            shutil.rmtree(_files(writer.folder, rank))  # no longer mapped: NFS would keep a file that is
+            files = _files(writer.folder, rank)
+            _copy(files, writer)
+            shutil.rmtree(files)  # no longer mapped: NFS would keep a file that is
 
     if team.far:
         team.each(let_go)
