@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,15 @@ def _private_memory(pid: int) -> int | None:
 def python_of(environment: Path) -> str:
     """The interpreter, given itself or its virtual environment."""
     return str(environment / "bin" / "python" if environment.is_dir() else environment)
+
+
+def mergekit_config(
+    path: Path, method: str, base: Path, finetunes: Iterable[Path], parameters: Mapping[str, float], **more: str
+) -> Path:
+    """Write what mergekit is to merge; each finetune gets the same parameters."""
+    models = [{"model": str(finetune), "parameters": dict(parameters)} for finetune in finetunes]
+    path.write_text(json.dumps({"merge_method": method, "base_model": str(base), "models": models, **more}))
+    return path  # JSON is YAML
 
 
 def circumstances() -> dict[str, Any]:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-from measuring import ChildError, Measurement, measure, python_of
+from measuring import ChildError, Measurement, measure, mergekit_config, python_of
 
 HERE = Path(__file__).parent
 OURS = "emr-hf merge"
@@ -115,7 +115,8 @@ def commands(models: Models, scratch: Path, options: argparse.Namespace) -> dict
             ("task-arithmetic", "task_arithmetic", {"weight": 0.3}),
             ("ties", "ties", {"weight": 1.0, "density": 0.2}),
         ):
-            config = mergekit_config(models, scratch / f"{name}.yaml", method, parameters)
+            base, *finetunes = models.paths().values()
+            config = mergekit_config(scratch / f"{name}.yaml", method, base, finetunes, parameters, dtype=models.dtype)
             found[name] = [python_of(options.mergekit), "-m", "mergekit.scripts.run_yaml", str(config), out]
         found["mergekit-imports"] = [python_of(options.mergekit), "-m", "mergekit.scripts.run_yaml", "--help"]
     return found
@@ -126,18 +127,6 @@ def ours(models: Models, scratch: Path) -> list[str]:
     recipe = scratch / "recipe.yaml"
     recipe.write_text(json.dumps({"base": paths.pop("base"), "tasks": paths}))  # JSON is YAML
     return [sys.executable, "-m", "emr_hf", "merge", str(recipe), str(scratch / "out")]
-
-
-def mergekit_config(models: Models, path: Path, method: str, parameters: Mapping[str, float]) -> Path:
-    paths = {name: str(path) for name, path in models.paths().items()}
-    config = {
-        "merge_method": method,
-        "base_model": paths.pop("base"),
-        "models": [{"model": path, "parameters": parameters} for path in paths.values()],
-        "dtype": models.dtype,
-    }
-    path.write_text(json.dumps(config))
-    return path
 
 
 def run_all(

@@ -6,7 +6,6 @@ real repo, which is loaded and switched as a user would; the others rebuild weig
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from domain import Data, Domain
-from measuring import measure, python_of
+from measuring import measure, mergekit_config, python_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -272,9 +271,7 @@ def mergekit(given: Checkpoints, scratch: Path, merge: str, **parameters: float)
     base, *files = (scratch / f"{index}.safetensors" for index in range(1 + len(given.finetunes)))
     for file, weights in zip((base, *files), (given.base, *given.finetunes.values())):
         save_file({name: weight.contiguous().clone() for name, weight in weights.items()}, file)
-    models = [{"model": str(file), "parameters": parameters} for file in files]
-    config, out = scratch / "mergekit.yaml", scratch / "merged"
-    config.write_text(json.dumps({"merge_method": merge, "base_model": str(base), "models": models}))  # JSON is YAML
+    config, out = mergekit_config(scratch / "mergekit.yaml", merge, base, files, parameters), scratch / "merged"
     python = python_of(Path(os.environ["EMR_MERGEKIT"]))
     run = "from mergekit.scripts.merge_raw_pytorch import main; main()"
     measure([python, "-c", run, str(config), str(out), "--random-seed", "0"])

@@ -6,7 +6,8 @@ Each names the offender, what was expected and what came.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -62,6 +63,22 @@ class NonFiniteError(EMRError):
         where = f"{tensor}[{', '.join(map(str, reversed(position)))}]" if shape else tensor
         message = f"{owner}: {where} is {self.value}: expected a finite number"
         return NonFiniteError(self.source, self.index, self.value, message)
+
+
+@contextmanager
+def naming(tensor: str, shape: Sequence[int], inputs: Sequence[str]) -> Iterator[None]:
+    """Let an error in the arithmetic of a merge, a number or an overflow, say where it is.
+
+    Args:
+        tensor, shape: what is merged.
+        inputs: of which checkpoints, the base first.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        raise error.located(tensor, shape, inputs[error.source + 1]) from None
+    except OptionError as error:
+        raise OptionError(f"{tensor}: {error}") from None
 
 
 class RepoError(EMRError):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import bits, election
 from .election import Partial, Sums, TensorElection, TensorSums, shared_names, torch_threads
-from .errors import NonFiniteError, OptionError, UnknownTaskError
+from .errors import OptionError, UnknownTaskError, naming
 from .fitting import TensorFit, check_method
 from .threads import run_all
 
@@ -145,13 +145,8 @@ class _Work:
         return torch.zeros(self.base[name].shape), packed
 
     def _run(self, name: str, one: Callable[[slice], Partial], blocks: list[slice]) -> list[Sums]:
-        try:
+        with naming(name, self.base[name].shape, ["base", *self.finetunes]):
             parts = list(run_all((partial(one, block) for block in blocks), self.threads))
-        except NonFiniteError as error:
-            shape = self.base[name].shape
-            raise error.located(name, shape, ["base", *self.finetunes][error.source + 1]) from None
-        except OptionError as error:  # an overflow
-            raise OptionError(f"{name}: {error}") from None
         return TensorSums.total(parts).tasks
 
     def _keep(self, name: str, tau: Tensor, packed: list[Tensor]) -> None:

@@ -216,18 +216,12 @@ def label_ids(
     if label_names is not None and any(name.lower() in lower for name in label_names):
         labels = [label_names[int(label)] if _is_id(label, range(len(label_names))) else label for label in labels]
 
-    def by_name(label: Any) -> int | None:
-        text = label if isinstance(label, str) else str(int(label)) if _is_whole(label) else ""
-        return exact.get(text, lower.get(text.strip().lower()))
-
-    def by_id(label: Any) -> int | None:
-        if isinstance(label, str):
-            label = int(label) if label.strip().isdecimal() else None
-        return int(label) if _is_id(label, id2label) else None
-
-    ids = [by_name(label) for label in labels]
+    texts = [_text(label) for label in labels]
+    ids = [None if text is None else exact.get(text, lower.get(text.strip().lower())) for text in texts]
     if None in ids:  # a task of names such as 1 to 5 has them as names, where all labels are names
-        ids = [by_id(label) if _is_numeral(label) else found for label, found in zip(labels, ids)]
+        for row, text in enumerate(texts):
+            if text is not None and text.strip().isdecimal():
+                ids[row] = int(text) if int(text) in id2label else None
     unknown = dict.fromkeys(repr(label) for label, found in zip(labels, ids) if found is None)
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -236,8 +230,11 @@ def label_ids(
     return [found for found in ids if found is not None]
 
 
-def _is_numeral(label: Any) -> bool:
-    return label.strip().isdecimal() if isinstance(label, str) else True
+def _text(label: Any) -> str | None:
+    """A label as text; `None` for what is neither that nor a whole number."""
+    if isinstance(label, str):
+        return label
+    return str(int(label)) if _is_whole(label) else None
 
 
 def _is_whole(label: Any) -> bool:

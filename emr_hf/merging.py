@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -27,7 +27,7 @@ from .checking import check
 from .configuration import EMRConfig, task_entry
 from .distributed import ALONE, Team
 from .election import TAU_DTYPES, Partial, Sums, TensorElection, TensorSums, torch_threads
-from .errors import MismatchError, NonFiniteError, OptionError, one_line
+from .errors import MismatchError, NonFiniteError, OptionError, naming, one_line
 from .fitting import TensorFit
 from .heads import auto_map, wrapper_name
 from .hub import carry_files, write_repo_files
@@ -348,15 +348,8 @@ def _inputs(plan: Plan, name: str) -> tuple[Tensor, list[Tensor | StoredVector]]
     return base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
 
 
-@contextmanager
-def _naming(plan: Plan, name: str) -> Iterator[None]:
-    """Let an error say where the number is."""
-    try:
-        yield
-    except NonFiniteError as error:
-        raise error.located(name, plan.base.infos[name].shape, ["base", *plan.tasks][error.source + 1]) from None
-    except OptionError as error:  # an overflow
-        raise OptionError(f"{name}: {error}") from None
+def _naming(plan: Plan, name: str) -> AbstractContextManager[None]:
+    return naming(name, plan.base.infos[name].shape, ["base", *plan.tasks])
 
 
 def _elections(plan: Plan, writer: WeightsWriter | None, name: str, device: torch.device | str) -> Iterator[Job]:

@@ -1,7 +1,7 @@
-"""What processes on other machines than the main one write of a repo, in files of their own until it takes them over.
+"""What each process of a merge does of it: that all mean the same merge, whose share a tensor is, and where that goes.
 
-Over a network file system a machine writes whole pages: of one that two machines write, each would keep but its own
-part.
+Processes on other machines than the main one write files of their own, which it takes over: over a network file
+system a machine writes whole pages, and of one that two machines write each would keep but its own part.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ def fingerprint(plan: Plan) -> str:
     sources = [checkpoint.source for checkpoint in (plan.base, *plan.finetunes.values())]
     told = [(source.label, source.revision) for source in sources]
     digest = hashlib.sha256(repr((settings, plan.save_as, told, plan.merged, plan.outputs)).encode())
-    for given in (given for source in sources for given in (source, source.adapter)):
-        if given is not None and given.folder is not None:
-            for path in sorted((*given.folder.glob("*.safetensors"), *given.folder.glob("*.bin"))):
-                digest.update(_sampled(path))
+    for folder in (source.folder for source in sources if source.folder is not None):
+        for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+            digest.update(_sampled(path))
     return digest.hexdigest()
 
 
