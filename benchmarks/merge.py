@@ -234,7 +234,7 @@ def main() -> None:
                 measuring.write_json(options.json, noted)  # after each, as a run takes long
 
             results[workload] = models, run_all(models, scratch, options, note)
-    show(noted, results, options)
+        show(noted, results, options)  # here, while the models are there to be measured
 
 
 def show(noted: Mapping[str, Any], results: Mapping[str, Any], options: argparse.Namespace) -> None:
