@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -24,7 +25,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from .errors import CheckpointError, OptionError, RepoError, one_line
+from .errors import CheckpointError, EMRError, OptionError, RepoError, one_line, short
 from .storage import Storage, TensorInfo, open_adapter, open_folder, reserve
 
 FORMAT_VERSION = 3
@@ -187,12 +188,13 @@ def parse_size(size: str | int) -> int:
     Raises:
         OptionError: anything else, or nothing.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B|(\d+)", str(size).upper())
-    if match and not isinstance(size, bool):
+    text = size.upper() if isinstance(size, str) else str(size) if type(size) is int and abs(size) < 2**63 else ""
+    match = re.fullmatch(r"(\d{1,19}(?:\.\d{1,19})?)\s*([KMGT]?)B|(\d{1,19})", text)
+    if match:
         number, unit, plain = match.groups()
         if (found := int(plain or float(number) * 1000 ** " KMGT".index(unit or " "))) > 0:
             return found
-    raise OptionError(f"max_shard_size={size!r}: expected bytes, more than 0, or a size such as '5GB'")
+    raise OptionError(f"max_shard_size={short(size)}: expected bytes, more than 0, or a size such as '5GB'")
 
 
 def check_target(out: Path, overwrite: bool, mark: str | None = None) -> None:
@@ -224,7 +226,9 @@ def writing(out: Path) -> Iterator[None]:
     """Raise RepoError where the disk does not take what is written."""
     try:
         yield
-    except OSError as error:
+    except EMRError:  # some are an OSError too, and say what is wrong already
+        raise
+    except (OSError, SafetensorError) as error:
         raise RepoError(f"cannot write {out}: {one_line(error)}") from error
 
 
