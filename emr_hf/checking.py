@@ -21,9 +21,9 @@ from .bits import packed_size
 from .centre import stand_in
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton, is_head, tied_names
 from .election import TAU_DTYPES
-from .errors import CheckpointError, MismatchError, OptionError, RepoError
+from .errors import CheckpointError, MismatchError, OptionError, RepoError, short
 from .plan import Plan, dtype_name
-from .recipe import Recipe
+from .recipe import Recipe, patterns
 from .repo import LAYOUTS, check_target, mask_name, model_name, private_name, rescaler_name, scale_name, tau_name
 from .report import human
 from .sources import MERGEABLE_DTYPES, Adapter, Source, open_input, open_source
@@ -60,7 +60,7 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
         EMRError: the first thing that is wrong, of the subclass that says what kind.
     """
     if save_as not in LAYOUTS:
-        raise OptionError(f"save_as={save_as!r} is unknown: expected one of {', '.join(LAYOUTS)}")
+        raise OptionError(f"save_as={short(save_as)} is unknown: expected one of {', '.join(LAYOUTS)}")
     if save_as == "peft" and recipe.method == "levels":
         raise OptionError("save_as='peft': method='levels' replaces the base, beside which an adapter is loaded")
     if save_as == "peft" and isinstance(recipe.base, PreTrainedModel) and not recipe.base.config.name_or_path:
@@ -197,7 +197,9 @@ def _check_same_structure(base: Source, source: Source) -> None:
             expected, found = getattr(ours, name, None), getattr(theirs, name, None)
             if expected is not None and found is not None and expected != found:
                 what = "another vocabulary size" if name == "vocab_size" else "another architecture"
-                raise MismatchError(f"{source.label}: {what}: {name} is {found}, that of the base is {expected}")
+                raise MismatchError(
+                    f"{source.label}: {what}: {name} is {short(found)}, that of the base is {short(expected)}"
+                )
 
 
 def _check_tokenizer(source: Source) -> None:
@@ -226,10 +228,11 @@ def _assign(plan: Plan) -> None:
     """Sort the model's tensors into merged, private and kept."""
     aliases = tied_names(plan.skeleton)
     parameters = dict(plan.skeleton.named_parameters(remove_duplicate=False))
-    patterns = [re.compile(pattern) for pattern in plan.recipe.private]
+    places = plan.skeleton.state_dict()
+    expressions = [re.compile(pattern) for pattern in patterns(plan.recipe.private, places)]
     touched = {name for checkpoint in plan.finetunes.values() for name in checkpoint.touched}
     own = {name for checkpoint in plan.finetunes.values() for name in checkpoint.own}
-    for name, place in plan.skeleton.state_dict().items():
+    for name, place in places.items():
         if name in aliases or name in (plan.skeleton._keys_to_ignore_on_save or ()):
             continue  # the latter transformers computes anew
         for checkpoint in plan.finetunes.values():
@@ -240,7 +243,7 @@ def _assign(plan: Plan) -> None:
             plan.kept.append(name)
             continue
         why = "an adapter has its own" if name in own else None
-        why = _why_private(plan, name, name in parameters, patterns) or why
+        why = _why_private(plan, name, name in parameters, expressions) or why
         if name in parameters:
             _check_dtypes(plan, name, with_base=why is None)
         if why is None:
@@ -263,8 +266,8 @@ def _missing(plan: Plan, checkpoint: NamedTensors, name: str) -> MismatchError:
     return MismatchError(f"{source.label}: {name} is missing from {source.name}: {plan.architecture} needs it{hint}")
 
 
-def _why_private(plan: Plan, name: str, is_parameter: bool, patterns: Sequence[re.Pattern[str]]) -> str | None:
-    if any(pattern.search(name) for pattern in patterns):
+def _why_private(plan: Plan, name: str, is_parameter: bool, expressions: Sequence[re.Pattern[str]]) -> str | None:
+    if any(expression.search(name) for expression in expressions):
         return "asked for by the recipe"
     if not is_parameter:
         return "buffer"
@@ -388,7 +391,8 @@ def config_differences(plan: Plan, task: str) -> list[str]:
     """The repo has one configuration, the default task's: what another finetune has otherwise is lost."""
     ours, theirs = plan.config.to_dict(), plan.finetunes[task].source.config.to_dict()
     return [
-        f"{task}: {name} is {theirs.get(name)!r}, but the merged model has {plan.default_task}'s {ours.get(name)!r}"
+        f"{task}: {name} is {short(theirs.get(name))}, but the merged model has {plan.default_task}'s "
+        f"{short(ours.get(name))}"
         for name in sorted(ours.keys() | theirs.keys())
         if name not in _HARMLESS and "dropout" not in name and ours.get(name) != theirs.get(name)
     ]
