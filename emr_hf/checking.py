@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from . import lowbit
@@ -21,10 +21,22 @@ from .bits import packed_size
 from .centre import stand_in
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton, is_head, tied_names
 from .election import TAU_DTYPES
-from .errors import CheckpointError, MismatchError, OptionError, RepoError, short
+from .errors import CheckpointError, MismatchError, OptionError, RepoError, one_line, short
+from .json_file import read_json
 from .plan import Plan, dtype_name
 from .recipe import Recipe, patterns
-from .repo import LAYOUTS, check_target, mask_name, model_name, private_name, rescaler_name, scale_name, tau_name
+from .repo import (
+    GENERATION_CONFIG,
+    LAYOUTS,
+    SIDE_FILES,
+    check_target,
+    mask_name,
+    model_name,
+    private_name,
+    rescaler_name,
+    scale_name,
+    tau_name,
+)
 from .report import human
 from .sources import MERGEABLE_DTYPES, Adapter, Source, open_input, open_source
 from .storage import TensorInfo
@@ -178,9 +190,11 @@ def common_architecture(sources: Mapping[str, Source]) -> str:
 
 
 def check_finetune(base: Source, source: Source) -> None:
-    """Raise if a finetune cannot be one of the base, by their configurations."""
+    """Raise if a finetune cannot be one of the base, by their configurations, or has files that cannot be used."""
     _check_same_structure(base, source)
-    _check_tokenizer(source)
+    for owner in (base, source):
+        if owner.folder is not None:
+            _check_side_files(owner.label, owner.folder)
 
 
 def _check_same_structure(base: Source, source: Source) -> None:
@@ -202,13 +216,19 @@ def _check_same_structure(base: Source, source: Source) -> None:
                 )
 
 
-def _check_tokenizer(source: Source) -> None:
-    path = source.folder / "tokenizer_config.json" if source.folder else None
-    if path is not None and path.is_file():
+def _check_side_files(label: str, folder: Path) -> None:
+    """Raise where a file that goes into the repo cannot be read, or transformers would not take it."""
+    for name in (*SIDE_FILES, GENERATION_CONFIG):
+        if os.path.isfile(folder / name) and not os.access(folder / name, os.R_OK):
+            raise CheckpointError(f"{label}: cannot read {folder / name}: no permission")
+    if os.path.lexists(path := folder / "tokenizer_config.json"):
+        read_json(path, label)
+    if os.path.lexists(path := folder / GENERATION_CONFIG):
+        settings = read_json(path, label)
         try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{source.label}: {path} is no valid JSON: {error}") from None
+            GenerationConfig.from_dict(settings).validate()
+        except Exception as error:  # its own checks meet values of any type
+            raise CheckpointError(f"{label}: transformers cannot use {path}: {one_line(error)}") from None
 
 
 def _main_dtype(source: Source) -> torch.dtype:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .configuration import EMRConfig, repo_config
-from .errors import RepoError, one_line
+from .errors import EMRError, RepoError, one_line
 from .hub import saved_tensors
 from .layers import by_kind, grid, worst_tensors
 from .plotting import check_plot, plot_layers
@@ -160,6 +160,8 @@ def _read(repo: str | Path) -> tuple[PreTrainedConfig, dict[str, int]]:
             return _read(fetch_repo(repo))  # an adapter, which is small
         config = AutoConfig.from_pretrained(repo, trust_remote_code=False)
         files = HfApi().get_safetensors_metadata(str(repo)).files_metadata.values()
+    except EMRError:
+        raise
     except HUB_ERRORS as error:
         raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from None
     tensors = [item for file in files for item in file.tensors.items()]
