@@ -17,6 +17,7 @@ from transformers.core_model_loading import build_glob_alternation
 from . import lowbit
 from .adapters import binding, ia3
 from .adapters.delta import AdapterCheckpoint
+from .adapters.layers import require_peft
 from .bits import packed_size
 from .centre import stand_in
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton, is_head, tied_names
@@ -36,6 +37,7 @@ from .repo import (
     rescaler_name,
     scale_name,
     tau_name,
+    writing,
 )
 from .report import human
 from .sources import MERGEABLE_DTYPES, Adapter, Source, open_input, open_source
@@ -77,8 +79,15 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
         raise OptionError("save_as='peft': method='levels' replaces the base, beside which an adapter is loaded")
     if save_as == "peft" and isinstance(recipe.base, PreTrainedModel) and not recipe.base.config.name_or_path:
         raise OptionError("save_as='peft': the base is a loaded model without a path: an adapter has to name its base")
+    if save_as == "peft":
+        require_peft()
     if out is not None:
-        check_target(Path(out), overwrite)
+        with writing(Path(out)):
+            check_target(Path(out), overwrite)
+    if recipe.align is not None:
+        from .alignment.folders import check_alignment
+
+        check_alignment(recipe)
     base, sources = _open_inputs(recipe)
     if save_as == "peft" and recipe.base is None and all(source.adapter is None for source in sources.values()):
         raise OptionError("save_as='peft': no base is given: an adapter has to name its base")
@@ -88,7 +97,8 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
             "method='levels' replaces the base, but the base of (IA)³ vectors is one: use 'fit' or 'emr'"
         )
     if out is not None:
-        check_space(plan, Path(out))
+        with writing(Path(out)):
+            check_space(plan, Path(out))
     return plan
 
 

@@ -175,7 +175,7 @@ def open_input(reference: Reference, label: str) -> Source | Adapter:
     elif (folder := as_folder(reference)) is not None:
         name, revision = hub_snapshot(folder) or (_printable(folder.resolve().name), None)
         if is_adapter(_files(label, folder)):
-            return Adapter(label, name, _settings(label, folder), open_adapter(label, folder), revision, folder)
+            return Adapter(label, name, adapter_settings(label, folder), open_adapter(label, folder), revision, folder)
         storage = open_folder(label, folder)
         source = Source(label, name, _config(label, folder, storage), storage, revision, folder)
     elif isinstance(reference, Path) or re.match(r"[./~]|[A-Za-z]:\\", reference) or os.path.isfile(reference):
@@ -259,7 +259,12 @@ def is_adapter(files: Collection[str]) -> bool:
     return ADAPTER_CONFIG_NAME in files and not any(name in files for name in MODEL_WEIGHTS)
 
 
-def _settings(label: str, folder: Path) -> dict[str, Any]:
+def adapter_settings(label: str, folder: Path) -> dict[str, Any]:
+    """Content of `adapter_config.json` in a PEFT adapter's folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not say what it is.
+    """
     path = folder / ADAPTER_CONFIG_NAME
     settings = read_json(path, label)
     if not isinstance(settings.get("peft_type"), str):
@@ -271,20 +276,21 @@ def _settings(label: str, folder: Path) -> dict[str, Any]:
     return settings
 
 
-def read_config(label: str, folder: Path, storage: Storage) -> PreTrainedConfig:
+def read_config(label: str, folder: Path, storage: Storage | None = None) -> PreTrainedConfig:
     """`config.json` of a folder; a checkpoint's own code is never run.
 
     Args:
         label: owner of the folder, for the message.
         folder: where the file is.
-        storage: the tensors beside it, which its sizes are compared with.
+        storage (*optional*): the tensors beside it, which its sizes are compared with.
 
     Raises:
         CheckpointError: it cannot be read, it names sizes of another order than the tensors', or transformers cannot
             use it.
     """
     path = folder / CONFIG_NAME
-    sizes = [size for info in storage.infos.values() if info.numel for size in info.shape]
+    infos = storage.infos.values() if storage is not None else ()
+    sizes = [size for info in infos if info.numel for size in info.shape]
     _check_sizes(f"{label}: {path}", read_json(path, label), max(sizes, default=0))
     try:
         # False, not the default: that one would ask to run a checkpoint's own code.
@@ -339,7 +345,9 @@ def _open_hub(reference: str, label: str) -> Source | Adapter:
         if is_adapter(files):
             if not offline:  # an adapter is small: no need to read headers from afar
                 folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=_ADAPTER_FILES))
-            return Adapter(label, repo_id, _settings(label, folder), open_adapter(label, folder), commit, folder)
+            return Adapter(
+                label, repo_id, adapter_settings(label, folder), open_adapter(label, folder), commit, folder
+            )
         storage = open_folder(label, folder) if offline else HubStorage(label, repo_id, commit)
     except EMRError:
         raise

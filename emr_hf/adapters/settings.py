@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import OptionError, check_choice, short
 from ..patterns import check_pattern
+from ..storage import TensorInfo
 
 ALL_LINEAR = "all-linear"
 _MOST_NAMES = 1000  # in a list, where the model has fewer modules
@@ -162,6 +163,19 @@ def usable_settings(settings: Mapping[str, Any], model: nn.Module) -> dict[str, 
         if not _PLAIN.fullmatch(written):
             check_pattern(pattern, name, names)
     return used
+
+
+def check_ranks(settings: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> None:
+    """Raise OptionError where a LoRA's settings name ranks larger than any stored factor has a side.
+
+    PEFT allocates what they name. On the meta device that costs nothing, and the shapes are compared afterwards.
+    """
+    sizes = [size for name, info in stored.items() if "lora_" in name and info.numel for size in info.shape]
+    most = max(sizes, default=0)
+    ranks = settings.get("rank_pattern") or {}
+    for name, rank in {"r": settings.get("r") or 0, **ranks}.items():
+        if rank > most:
+            raise OptionError(f"rank {short(name)} is {short(rank)}: the largest side of a stored factor is {most:,}")
 
 
 def _check_lengths(used: Mapping[str, Any], most: int, rows: int) -> None:

@@ -67,12 +67,12 @@ class AlignmentPlan:
         copy = deepcopy(model)
         tensors = stored_tensors(copy)
         for name in sorted(tensors.keys() - self.symmetries.tensors.keys()):
-            raise MismatchError(f"the aligned models have no tensor {name!r}: its order is not known")
+            raise MismatchError(f"the aligned models have no tensor {short(name)}: its order is not known")
         for name, layout in self.symmetries.tensors.items():
             if name in self.private and name not in tensors:
                 continue
             if name not in tensors:
-                raise MismatchError(f"the model has no tensor {name!r}.{nearest(name, tensors)}")
+                raise MismatchError(f"the model has no tensor {short(name)}.{nearest(name, tensors)}")
             if tensors[name].dim() != len(layout):
                 raise MismatchError(f"{name} has {tensors[name].dim()} axes, expected {len(layout)}")
             for dim, (size, axis) in enumerate(zip(tensors[name].shape, layout)):
@@ -237,7 +237,7 @@ def check_options(method: str, weight: float | str, sites: str, has_data: bool) 
     if share is None and weight != "auto":
         share = float(weight)
     if not share and not has_data:
-        option = f"weight={weight!r}" if method == "mudsc" else f"method={method!r}"
+        option = f"weight={short(weight)}" if method == "mudsc" else f"method={short(method)}"
         raise OptionError(f"{option} needs data: without it only the weights can be compared")
     return share, measure
 
