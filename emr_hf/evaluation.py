@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
-from .adapters.binding import check_kind
+from .adapters.binding import base_reference, check_kind
 from .adapters.layers import require_peft
 from .adapters.settings import check_ranks, usable_settings
 from .configuration import EMRConfig, repo_config
@@ -390,6 +390,7 @@ class _Other:
             found = Adapter("compare", self._place, settings, open_adapter("compare", folder), None, folder)
         require_peft()
         check_kind(found)
+        base_reference([found])  # it has to say what it was trained on
         return found
 
     def _config(self) -> PreTrainedConfig:
@@ -425,7 +426,7 @@ class _Other:
         """The model, and the names of the weights that it has from nowhere."""
         adapter = self._adapter
         model, info = _AUTO[self._kind].from_pretrained(
-            (adapter and adapter.base) or self._place,
+            self._place if adapter is None else str(adapter.base),
             revision=(adapter and adapter.base_revision) or "main",
             num_labels=self._count,
             output_loading_info=True,

@@ -230,10 +230,16 @@ def _printable(name: str) -> str:
 
 
 def _files(label: str, folder: Path) -> list[str]:
+    """Names in a folder, whose settings and weights may be read."""
     try:
-        return os.listdir(folder)
+        names = os.listdir(folder)
     except OSError as error:
         raise CheckpointError(f"{label}: cannot read the folder {_named(folder)}: {error.strerror}") from None
+    for name in names:
+        path = folder / name
+        if name.endswith((".json", ".safetensors", ".bin")) and os.path.isfile(path) and not os.access(path, os.R_OK):
+            raise CheckpointError(f"{label}: cannot read {_named(path)}: no permission")
+    return names
 
 
 def hub_snapshot(path: str | Path) -> tuple[str, str] | None:
@@ -291,7 +297,11 @@ def read_config(label: str, folder: Path, storage: Storage | None = None) -> Pre
     path = folder / CONFIG_NAME
     infos = storage.infos.values() if storage is not None else ()
     sizes = [size for info in infos if info.numel for size in info.shape]
-    _check_sizes(f"{label}: {path}", read_json(path, label), max(sizes, default=0))
+    settings = read_json(path, label)
+    _check_sizes(f"{label}: {path}", settings, max(sizes, default=0))
+    named = settings.get("architectures")
+    if not (named is None or (isinstance(named, list) and all(isinstance(name, str) for name in named))):
+        raise CheckpointError(f"{label}: {path}: architectures is {short(named)}: expected a list of names")
     try:
         # False, not the default: that one would ask to run a checkpoint's own code.
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
