@@ -6,6 +6,7 @@ Each names the offender, what was expected and what came.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -114,8 +115,38 @@ class UnknownTaskError(EMRError, KeyError):
 
 def one_line(error: object, longest: int = 300) -> str:
     """Another library's message, made fit to stand inside one of ours."""
-    text = " ".join(str(error).split())
+    return _cut(" ".join(str(error).split()), longest)
+
+
+def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
+class _Short(reprlib.Repr):
+    """Few items of few levels, so that no value costs more than a line, whatever it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = 120
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return self.repr_str(value[: self.maxstring], level)  # type: ignore[arg-type]
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Of a longer one `repr` is slow, or an error.
+        return repr(value) if value.bit_length() < 400 else f"a whole number of {value.bit_length():,} bits"
+
+    def repr_instance(self, value: object, level: int) -> str:
+        try:
+            return one_line(repr(value), self.maxother)
+        except Exception:  # a broken `__repr__` must not hide what the message is about
+            return f"<{type(value).__name__}>"
+
+
+def short(value: object) -> str:
+    """`repr` of a value that came from outside, on one line and of bounded length."""
+    return _cut(_Short().repr(value), 300)
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
