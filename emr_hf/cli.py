@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_overwrite(sub)
     _add_format(sub)
     sub = verb("inspect", _inspect, "print what a merged repo holds", "repo")
+    sub.add_argument("--verify", action="store_true", help="compare the tensor files with the digests in the report")
     sub.add_argument("--plot", metavar="FILE", help="draw what was lost, layers by tasks: .png, .svg or .pdf")
     _add_format(sub)
     sub = verb("eval", _eval, "measure a task of a merged repo on labelled data", "repo")
@@ -247,7 +248,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     if options.plot is not None:
         check_plot(options.plot)
-    found = inspect(options.repo)
+    found = inspect(options.repo, verify=options.verify)
     if options.plot is not None:
         print(f"emr-hf: wrote {found.plot(options.plot)}", file=sys.stderr)
     _show(found, options.format)

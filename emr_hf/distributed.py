@@ -298,9 +298,9 @@ def launch(command: Sequence[str], count: int, out: Path) -> int:
             leaving.begun = True
             _end(processes)
             if processes and processes[0].returncode < 0 and processes[0].returncode != -signal.SIGTERM:
-                from .repo import remove_unfinished
+                from .staging import remove_leftovers
 
-                remove_unfinished(out, processes[0].pid)
+                remove_leftovers(out)
     leaving.raise_cause()
     status = processes[0].returncode
     if failed is not None and (status < 0 or status >= 128):

@@ -26,14 +26,15 @@ from transformers import (
 )
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from .configuration import EMRConfig, repo_config
+from .configuration import EMRConfig
 from .errors import OptionError, RepoError, one_line
 from .exporting import plain_model
 from .finished import FinishedRepo
 from .heads import architectures_of
 from .labelled import LabelledData, label_ids, read_data
 from .merging import working_device
-from .repo import SIDE_FILES, TASKS_FOLDER, layout_of, open_repo
+from .opening import config_of, open_merged, read_settings
+from .repo import SIDE_FILES, TASKS_FOLDER, layout_of
 from .report import table
 from .sources import HUB_ERRORS
 
@@ -174,16 +175,15 @@ def _open(repo: str | Path) -> tuple[Path, EMRConfig]:
     """The folder with the tokenizers and the configuration of a merged repo; no weights are fetched."""
     folder = Path(repo)
     if folder.exists():
-        open_repo(folder)
-    else:
-        names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, *SIDE_FILES, *(f"{TASKS_FOLDER}/*/{name}" for name in SIDE_FILES))
-        try:
-            folder = Path(snapshot_download(str(repo), allow_patterns=list(names)))
-        except HUB_ERRORS as error:
-            raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from None
-        if layout_of(folder) is None:
-            raise RepoError(f"{repo} is no merged repo: its configuration is of another kind")
-    return folder, repo_config(folder)
+        return folder, open_merged(folder).config
+    names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, *SIDE_FILES, *(f"{TASKS_FOLDER}/*/{name}" for name in SIDE_FILES))
+    try:
+        folder = Path(snapshot_download(str(repo), allow_patterns=list(names)))
+    except HUB_ERRORS as error:
+        raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from None
+    if (layout := layout_of(folder)) is None:
+        raise RepoError(f"{repo} is no merged repo: its configuration is of another kind")
+    return folder, config_of(read_settings(folder, layout), layout, folder)
 
 
 def _kind_of(config: EMRConfig, task: str) -> str:

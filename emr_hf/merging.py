@@ -25,30 +25,19 @@ from .adapters.export import save_adapters
 from .bits import StoredVector
 from .checking import check
 from .configuration import EMRConfig, task_entry
+from .disk import writing
 from .distributed import ALONE, Team
 from .election import TAU_DTYPES, Partial, Sums, TensorElection, TensorSums, torch_threads
 from .errors import MismatchError, NonFiniteError, OptionError, naming, one_line
 from .fitting import TensorFit
+from .format import mask_name, model_name, private_name, rescaler_name, scale_name, tau_name
 from .heads import auto_map, wrapper_name
-from .hub import carry_files, write_repo_files
+from .hub import MERGED_REPO, carry_files, write_repo_files
+from .opening import check_finite, open_merged
 from .plan import Plan, dtype_name
+from .publication import Target, atomic_folder, check_target, claim
 from .recipe import Recipe
-from .repo import (
-    GENERATION_CONFIG,
-    TASKS_FOLDER,
-    WeightsWriter,
-    atomic_folder,
-    copy_side_files,
-    create_weights,
-    mask_name,
-    model_name,
-    private_name,
-    rescaler_name,
-    same_side_files,
-    scale_name,
-    tau_name,
-    writing,
-)
+from .repo import GENERATION_CONFIG, TASKS_FOLDER, WeightsWriter, copy_side_files, create_weights, same_side_files
 from .report import MergeReport, TaskReport, TensorNumbers
 from .sources import Reference, Source
 from .suspicions import suspicious
@@ -132,6 +121,7 @@ def merge_recipe(
         return check(recipe, out, overwrite, save_as)
 
     with distributed.team(device) as team, ExitStack() as stack:
+        notes = team.lead(lambda: claim(out, MERGED_REPO, overwrite).notes)
         plan = team.each(prepare)
         if recipe.align is not None:
             asked, as_given = recipe, plan
@@ -141,6 +131,7 @@ def merge_recipe(
             plan.recipe = replace(recipe, align=asked.align)
         if team.size > 1 and len(set(team.together(lambda: shares.fingerprint(plan)))) > 1:
             raise MismatchError("the processes of this merge do not merge the same: all must be given the same inputs")
+        plan.warnings += notes
         if tell is not None and team.is_main:
             tell(plan)
         return run(plan, out, overwrite=overwrite, progress=progress, threads=threads, device=device, team=team)
@@ -176,9 +167,10 @@ def run(
 ) -> MergeReport:
     """Carry out a plan of [`check`]; see [`merge`]."""
     device = working_device(threads, device)
-    return write_repo(
-        plan, out, overwrite, lambda writer: elect(plan, writer, progress, threads, device, team), team=team
-    )
+    target = check_target(out, MERGED_REPO, overwrite)
+    if plan.target is not None and plan.target.out == target.out:
+        target = plan.target  # as it was before the inputs were looked at
+    return write_repo(plan, target, lambda writer: elect(plan, writer, progress, threads, device, team), team=team)
 
 
 def working_device(threads: int | None, device: torch.device | str) -> torch.device:
@@ -201,8 +193,7 @@ def working_device(threads: int | None, device: torch.device | str) -> torch.dev
 @torch.no_grad()
 def write_repo(
     plan: Plan,
-    out: str | Path,
-    overwrite: bool,
+    target: Target,
     fill: Callable[[WeightsWriter], MergeReport],
     team: Team = ALONE,
 ) -> MergeReport:
@@ -210,16 +201,16 @@ def write_repo(
 
     Args:
         plan: what it holds.
-        out, overwrite: as for [`merge`].
+        target: where, as it was checked.
         fill: writes unified vector and masks; returns the report, of which the rescalers are written.
         team: the processes that call this.
     """
     started = time.perf_counter()
     checkpoints = (plan.base, *plan.finetunes.values())
-    with writing(Path(out)), ExitStack() as stack:
+    with writing(target.out), ExitStack() as stack:
 
         def begin() -> Path:
-            folder = stack.enter_context(atomic_folder(Path(out), overwrite))
+            folder = stack.enter_context(atomic_folder(target))
             for checkpoint in checkpoints:
                 checkpoint.scratch = folder
                 checkpoint.check_tied()
@@ -234,8 +225,9 @@ def write_repo(
         shares.take_over(writer, team)
 
         def finish() -> MergeReport:
-            _finish(plan, writer, report, Path(out).name, started)
-            stack.close()  # the folder becomes `out`
+            _finish(plan, writer, report, target.out.name, started)
+            open_merged(folder)  # a file that somebody removed meanwhile is missed before anything is published
+            stack.close()  # the folder becomes the target
             return report
 
         return team.lead(finish)
@@ -254,7 +246,7 @@ def _finish(plan: Plan, writer: WeightsWriter, report: MergeReport, name: str, s
         config.save_pretrained(writer.folder)
     else:
         save_adapters(writer.folder, config, _base_location(plan))
-    write_repo_files(writer.folder, config, name, report.tensors)
+    report.digests = write_repo_files(writer.folder, config, name, report.tensors).digests
     if plan.repo is not None:
         carry_files(plan.repo, writer.folder)
 
@@ -412,7 +404,9 @@ def _write_kept(plan: Plan, writer: WeightsWriter) -> None:
     """What no finetune touches goes from the base into the repo as it is."""
     if plan.save_as == "model":
         for name in plan.kept:
-            writer.write(model_name(name), plan.base.read(name))
+            value = plan.base.read(name)
+            check_finite(value, name, plan.base.source.label, infinite=True)
+            writer.write(model_name(name), value)
 
 
 def _rescalers(plan: Plan, found: Mapping[str, TensorSums], mode: str) -> list[float]:
@@ -503,6 +497,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
     base_config = type(plan.config).from_dict(plan.config.to_dict())
     base_config.dtype = plan.dtype
     base_config.name_or_path = ""  # it may be a path of this machine
+    vars(base_config).pop("auto_map", None)  # code of others, which is not in this repo
     wrapper = wrapper_name(plan.architecture)
     return EMRConfig(
         base_config=base_config,
@@ -513,6 +508,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
         default_task=plan.default_task,
         merged_parameters=plan.merged,
         vectors=plan.vectors,
+        tensors=_record(plan),
         tau_dtype=plan.recipe.tau_dtype,
         method=plan.recipe.method,
         recipe=plan.recipe.published(report.base, {task: numbers.source for task, numbers in report.tasks.items()}),
@@ -539,6 +535,12 @@ def _stored_generation_settings(source: Source) -> dict[str, Any] | None:
         return source.model.generation_config.to_diff_dict() if source.model.can_generate() else None
     path = source.folder / GENERATION_CONFIG if source.folder else None
     return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+
+
+def _record(plan: Plan) -> dict[str, Any]:
+    """Shape and dtype of the base's tensors that the repo holds, or that are merged beside a base kept elsewhere."""
+    names = (*plan.merged, *plan.kept) if plan.save_as == "model" else plan.merged
+    return {name: [list(plan.base.infos[name].shape), dtype_name(plan.dtypes[name])] for name in names}
 
 
 def _spec(plan: Plan, key: str, name: str) -> list[Any]:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from . import mixed
-from .adapters.ia3 import inject_vectors
 from .adapters.layers import unload
 from .bank import EMRBank
-from .checkpoint import model_class_of
 from .configuration import EMRConfig
-from .errors import EMRError, MismatchError, OffloadedError, OptionError, one_line
+from .errors import EMRError, MismatchError, OffloadedError, OptionError, RepoError, one_line
+from .format import part_of
 from .heads import architectures_of, auto_map, auto_name, wrapper_name
-from .hub import push_folder, push_model, saved_tensors, write_repo_files
-from .repo import copy_side_files, side_files_of
+from .hub import MERGED_REPO, push_folder, push_model, saved_tensors, write_repo_files
+from .loading import build_wrapped, check_files, check_values
+from .plan import dtype_name
+from .publication import updated_folder
+from .repo import copy_side_files, is_weights_file, side_files_of
 from .signature import DelegatedSignature
+from .storage import open_folder
 from .switching import Switch, owners_of
 
 T = TypeVar("T")
 MEMORY = ("resident", "mapped")
+FOUND_BY = (SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME)
+"""Files by which a reader finds all others of a repo."""
+
+_loading_since: ContextVar[float] = ContextVar("when the load of a model began", default=0.0)
 
 
 class EMRMergedModel(PreTrainedModel):
@@ -102,13 +112,14 @@ class EMRMergedModel(PreTrainedModel):
         if config.tasks:
             config.entry(self._initial_task)
         self._check_architecture()
-        self.model = model_class_of(str(config.base_architecture))(config.base_config)
-        if config.vectors is not None:
-            inject_vectors(self.model, config.vectors)
+        self.model = build_wrapped(config)
         self._active: str | None = None
         self._half_switched = False
         self._lock = mixed.Lock()
-        self._switch = Switch(self.model, config, mapped=emr_memory == "mapped")
+        try:
+            self._switch = Switch(self.model, config, mapped=emr_memory == "mapped")
+        except AttributeError as error:
+            raise RepoError(f"the merge does not fit {config.base_architecture}: {one_line(error)}") from None
         self.emr = self._switch.bank
         self.emr.place = place
         self._keys_to_ignore_on_load_missing = [rf"^model\.{re.escape(name)}$" for name in self._switch.private_names]
@@ -151,7 +162,11 @@ class EMRMergedModel(PreTrainedModel):
             )
         if cls is EMRMergedModel:
             cls = cls._class_of_repo(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        token = _loading_since.set(time.time())
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        finally:
+            _loading_since.reset(token)
 
     @staticmethod
     def _class_of_repo(name_or_path: Any, kwargs: dict[str, Any]) -> type[EMRMergedModel]:
@@ -169,8 +184,26 @@ class EMRMergedModel(PreTrainedModel):
         return {f"model.*{pattern}": kept for pattern, kept in super()._get_dtype_plan(dtype).items()}
 
     @staticmethod
+    def _load_pretrained_model(  # type: ignore[override]
+        model: EMRMergedModel,
+        state_dict: dict[str, Any] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        if model._active is None and state_dict is None:  # else an adapter is put on top
+            check_files(model, [Path(file) for file in checkpoint_files or []], _loading_since.get())
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    @staticmethod
     def _finalize_model_loading(model: EMRMergedModel, load_config: Any, loading_info: Any) -> Any:
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        if loading_info.missing_keys:
+            raise RepoError(
+                f"{model.config.name_or_path}: the tensor {min(loading_info.missing_keys)} is missing, which "
+                f"{model.config.base_architecture} needs"
+            )
+        check_values(model)
         model.model.requires_grad_(False)  # what is rebuilt, or shared by all tasks, cannot be trained for one
         if model._switch.mapped:
             model._mapped_from = Path(str(model.config.name_or_path)).resolve()
@@ -183,13 +216,15 @@ class EMRMergedModel(PreTrainedModel):
         """Save the whole repo: base, unified vector and every task, whichever task is active.
 
         Args:
-            save_directory: the folder.
+            save_directory: the folder. Each file is written beside its place and renamed, the configuration last; what
+                else a folder holds stays.
             push_to_hub (*optional*): upload it too, see [`EMRMergedModel.push_to_hub`].
             args, kwargs: as `PreTrainedModel.save_pretrained`.
         """
         names = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
         hub_options = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder = Path(save_directory)
+        is_main = self.should_save_on_this_rank(args[0] if args else kwargs.get("is_main_process", True))
         if folder.resolve() == self._mapped_from:
             raise OptionError(f"{folder} is what this model is mapped from: save it elsewhere")
         if getattr(self, "_hf_peft_config_loaded", False):  # an adapter of transformers' own: only that is saved
@@ -199,23 +234,34 @@ class EMRMergedModel(PreTrainedModel):
                 "adapters are attached to this model: save them by their own save_pretrained, or unload them"
             )
         self.set_task(self._active or self.config.default_task)
-        with self._as_saved():
-            # Names in memory are the names on disk: the bank's tensors have no other form.
-            super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
+        # Names in memory are the names on disk: the bank's tensors have no other form.
+        kwargs["save_original_format"] = False
+        if not is_main or kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        with updated_folder(folder, MERGED_REPO, FOUND_BY, is_weights_file) as staging, self._as_saved():
+            super().save_pretrained(staging, *args, **kwargs)
+            self._record(staging)
             known = saved_tensors(str(self.config.name_or_path), getattr(self.config, "_commit_hash", None))
-            write_repo_files(folder, self.config, folder.name, known)
-        self._keep_tokenizers(folder)
+            write_repo_files(staging, self.config, folder.name, known)
+            self._keep_tokenizers(staging, folder)
         if push_to_hub:
             push_folder(folder, **{"repo_id": folder.name, **hub_options})
 
-    def _keep_tokenizers(self, folder: Path) -> None:
+    def _record(self, folder: Path) -> None:
+        """Write down shapes and dtypes of the base's tensors as they have been saved, perhaps after a cast."""
+        infos = open_folder(folder.name, folder).infos
+        base = {name.removeprefix("model."): info for name, info in infos.items() if part_of(name) == "base"}
+        self.config.tensors = {name: [list(info.shape), dtype_name(info.dtype)] for name, info in base.items()}
+        self.config.save_pretrained(folder)
+
+    def _keep_tokenizers(self, staging: Path, folder: Path) -> None:
         """Tokenizers that tasks have of their own belong to the repo; the shared one is saved by its owner."""
         own = {entry["tokenizer"] for entry in self.config.tasks.values() if entry["tokenizer"]}
         own = {path for path in own if not (folder / path).is_dir()}
         if own and str(self.config.name_or_path):  # an empty path would be the current directory
             source = side_files_of(str(self.config.name_or_path))
             for path in own:
-                copy_side_files(source / path, folder / path)
+                copy_side_files(source / path, staging / path)
 
     @contextmanager
     def _as_saved(self) -> Iterator[None]:
@@ -347,6 +393,12 @@ class EMRMergedModel(PreTrainedModel):
                 if settings is not None:  # they may have been changed since the switch
                     self.model.generation_config = settings
 
+    @torch.compiler.disable
+    def _make_whole(self) -> None:
+        """Finish what interrupted a switch has left half done: become the active task."""
+        if self._half_switched:
+            self.set_task(self._active or self.config.default_task)
+
     def _become(self, task: str) -> None:
         """`set_task`, or the base: no task, so that the next `set_task` switches, whichever it asks for."""
         if task != mixed.BASE:
@@ -444,8 +496,11 @@ class EMRMergedModel(PreTrainedModel):
         if emr_task is not None:
             return self._forward_as(emr_task, self.emr_pad if emr_pad is None else emr_pad, args, kwargs)
         if torch.compiler.is_compiling():
+            if self._half_switched:
+                self._make_whole()
             return self.model(*args, **kwargs)
         with self._lock:
+            self._make_whole()
             self._check_forward(kwargs)
             return self.model(*args, **kwargs)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from .distributed import Team, divide
 from .errors import ProcessError
+from .format import mask_name, model_name, scale_name, tau_name
 from .plan import Plan
-from .repo import WeightsWriter, create_weights, mask_name, model_name, scale_name, tau_name
+from .repo import WeightsWriter, create_weights
 from .storage import SafetensorsStorage
 
 SAMPLES, SAMPLE_BYTES = 64, 4096

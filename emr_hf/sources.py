@@ -58,7 +58,7 @@ HUB_ERRORS: tuple[type[Exception], ...] = (
 class HubStorage:
     """A Hub repo at one commit: headers by range requests now, weights downloaded when the first tensor is read."""
 
-    def __init__(self, label: str, repo_id: str, revision: str):
+    def __init__(self, label: str, repo_id: str, revision: str | None):
         self.label, self.repo_id, self.revision = label, repo_id, revision
         self._files: list[str] = ["pytorch_model*.bin", WEIGHTS_INDEX_NAME]
         try:
@@ -138,6 +138,11 @@ class Source:
     folder: Path | None = None
     model: PreTrainedModel | None = None
     adapter: Adapter | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """What is read of this machine's disk: the folder, and the files in it, which may be links."""
+        return [] if self.folder is None else [self.folder, *self.folder.iterdir()]
 
     @property
     def architecture(self) -> str | None:

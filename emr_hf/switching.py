@@ -108,16 +108,14 @@ class Switch:
         return [partial(parameter.detach().copy_, self.bank.base.get(name))]
 
     def _keep_base(self, name: str, parameter: Tensor) -> None:
-        base = self.bank.base
-        if base.has(name):
-            return
-        values = parameter.detach()
-        if self.mapped:
+        base, values = self.bank.base, parameter.detach()
+        if not base.has(name):
+            parameter.requires_grad_(False)  # these weights are rebuilt, training them would be lost
+            base.put(name, values.to(self.bank.place or values.device, copy=not self.mapped), persistent=False)
+            if not self.mapped:
+                self._at_base.add(name)
+        if self.mapped and base.get(name).data_ptr() == values.data_ptr():  # also after an interruption right here
             parameter.data = torch.empty_like(values)
-        else:
-            self._at_base.add(name)
-        base.put(name, values.to(self.bank.place or values.device, copy=not self.mapped), persistent=False)
-        parameter.requires_grad_(False)  # these weights are rebuilt, training them would be lost
 
     def _is_empty(self, name: str, key: str) -> bool:
         """Whether a task does not change a parameter at all, as where no finetune moved it."""

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import emr_hf
-from emr_hf import cli, distributed, errors, merging, repo, shares
+from emr_hf import cli, distributed, errors, merging, repo, shares, staging
 from tests import adapters, tiny
 from tests.test_cli import assert_one_line_error, write_recipe
 from tests.test_sources import copy_of, edit_tensors
@@ -320,7 +320,7 @@ def test_the_end_of_a_process_is_the_end_of_the_merge(in_processes, jobs, bert_r
         assert type(process.answer) is errors.ProcessError
     if processes[0].status == -signal.SIGKILL:
         assert len(list(tmp_path.iterdir())) == 2
-        repo.remove_unfinished(out, processes[0].pid)  # as the parent of a launch does
+        staging.remove_leftovers(out)  # as the parent of a launch does
     assert list(tmp_path.iterdir()) == [out]
     assert files_of(out) == files_of(bert_repo)
 

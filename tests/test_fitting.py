@@ -14,7 +14,8 @@ import emr_hf
 from emr_hf import bits, election, fitting, kernels, lowbit
 from emr_hf.configuration import repo_config
 from emr_hf.errors import NonFiniteError, OptionError, RecipeError
-from emr_hf.repo import open_repo, tau_name
+from emr_hf.format import tau_name
+from emr_hf.repo import open_repo
 from tests import tiny
 
 LOOPS = {"compiled": kernels.fits, "torch": lambda taus: False}

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import emr_hf
-from emr_hf import merging, repo
+from emr_hf import merging, publication, repo
 from emr_hf.storage import TensorInfo
 from tests import tiny
 from tests.test_sources import assert_same_bits, stored_tensors
@@ -107,8 +107,10 @@ def test_saving_and_loading_keeps_everything(bert_repo, tmp_path):
     model = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="items")
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert_same_bits(stored_tensors(tmp_path / "again"), stored_tensors(bert_repo))
-    for name in ("emr_report.json", "modeling_emr_hf.py"):
-        assert (tmp_path / "again" / name).read_bytes() == (bert_repo / name).read_bytes()
+    assert (tmp_path / "again/modeling_emr_hf.py").read_bytes() == (bert_repo / "modeling_emr_hf.py").read_bytes()
+    again, before = (json.loads((path / "emr_report.json").read_text()) for path in (tmp_path / "again", bert_repo))
+    assert {*again.pop("digests")} == {path.name for path in (tmp_path / "again").glob("*.safetensors")}
+    assert {*before.pop("digests")} == {"model.safetensors"} and again == before
 
 
 # Complete or not at all
@@ -164,7 +166,7 @@ def test_a_rename_that_fails_leaves_the_old_repo(bert_inputs, tmp_path, monkeypa
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(repo, "_exchange", lambda one, other: False)  # as on systems without such a call
+    monkeypatch.setattr(publication, "_exchange", lambda one, other: False)  # as on systems without such a call
     monkeypatch.setattr(type(out), "rename", rename_or_fail)
     with pytest.raises(emr_hf.RepoError, match="Input/output error"):
         emr_hf.merge(bert_inputs.base, {"only": bert_inputs.finetunes["items"]}, out, overwrite=True)
@@ -187,7 +189,7 @@ import os, pathlib, signal, sys
 import torch
 torch.set_num_threads(1)
 import emr_hf
-from emr_hf import merging, repo
+from emr_hf import merging, publication, repo
 
 base, finetune, folder = map(pathlib.Path, sys.argv[1:])
 
@@ -206,9 +208,10 @@ points = {
     "private": lambda: setattr(merging, "_write_private", kill),
     "config": lambda: setattr(emr_hf.EMRConfig, "save_pretrained", kill),
     "card": lambda: setattr(merging, "write_repo_files", kill),
-    "rename": lambda: (setattr(path_type, "rename", kill), setattr(repo, "_exchange", kill)),
+    "rename": lambda: (setattr(path_type, "rename", kill), setattr(publication, "_exchange", kill)),
     "renamed": lambda: (
-        setattr(path_type, "rename", after(path_type.rename)), setattr(repo, "_exchange", after(repo._exchange))
+        setattr(path_type, "rename", after(path_type.rename)),
+        setattr(publication, "_exchange", after(publication._exchange)),
     ),
 }
 for name, patch in points.items():

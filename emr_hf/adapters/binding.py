@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoint import build_skeleton, is_head
 from ..errors import CheckpointError, MismatchError, one_line
-from ..repo import PEFT_TYPE
+from ..format import PEFT_TYPE
 from ..sources import HUB_ERRORS, Adapter, Reference, Source, commit_of, hub_snapshot, open_source, read_config
 from ..storage import MODEL_WEIGHTS
 from .layers import require_peft

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from .. import bits
 from ..configuration import EMRConfig
 from ..errors import EMRError, MismatchError, one_line
+from ..format import PEFT_BANKS, PEFT_MODULE, PEFT_TYPE
 from ..lowbit import Codes
-from ..repo import PEFT_BANKS, PEFT_MODULE, PEFT_TYPE
 from ..sites import Site, install, site_of
 from ..switching import Switch, owners_of
 from .ia3 import VECTOR, inject_vector_buffers
@@ -185,9 +185,10 @@ class EMRLayer(nn.Module, BaseTunerLayer):
 
     def be_base(self) -> None:
         """Be the base, until the next forward or switch."""
+        self._fresh = False  # from the start: an interrupted switch is made good by the next
         if self._now is not None:
             self._switches[self._now[0]].leave()
-        self._now, self._fresh = None, False
+        self._now = None
 
     def base_tensors(self) -> dict[str, Tensor]:
         """Name in the model -> the base's value, of every tensor that the active task has changed."""

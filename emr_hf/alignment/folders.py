@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ..checkpoint import model_class_of
 from ..errors import CheckpointError, OptionError, RecipeError, one_line
-from ..repo import atomic_folder, check_target, copy_side_files
+from ..publication import Kind, atomic_folder, check_holds_no_input, claim
+from ..repo import copy_side_files, is_written_by_us
 from ..sources import Source, open_source
 from .aligning import AlignmentPlan, align, check_options
 
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
 
 BATCH = 32  # rows of the data at a time
 SYMMETRIES_NAME = "symmetries.json"
+
+
+def _owns(folder: Path, place: Path) -> bool:
+    return str(place) == SYMMETRIES_NAME or (len(place.parts) == 2 and is_written_by_us(Path(place.name)))
+
+
+_ALIGNED = Kind("aligned models", lambda folder: (folder / SYMMETRIES_NAME).is_file(), _owns)
 
 
 def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> AlignmentPlan:
@@ -42,7 +51,9 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
     Raises:
         EMRError: of the subclass that says what kind of input is wrong.
     """
-    check_target(Path(out), overwrite, SYMMETRIES_NAME)
+    target = claim(out, _ALIGNED, overwrite)
+    for note in target.notes:
+        warnings.warn(note, stacklevel=2)
     if recipe.base is not None:
         raise RecipeError("align: finetunes of one base lie alike already: leave out the field 'base', or 'align'")
     settings = dict(recipe.align or {})
@@ -51,10 +62,11 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
     check_options(options["method"], options["weight"], options["sites"], path is not None)
     batches = read_batches(path) if path is not None else None
     sources = {task: open_source(reference, task) for task, reference in recipe.finetunes.items()}
+    check_holds_no_input(target, [(task, path) for task, source in sources.items() for path in source.paths])
     folders = folder_names(sources)
     models = {task: _load(source) for task, source in sources.items()}
     plan = align(*models.values(), data=batches, private=recipe.private, **settings)
-    with atomic_folder(Path(out), overwrite, SYMMETRIES_NAME) as folder:
+    with atomic_folder(target) as folder:
         for number, (task, model) in enumerate(models.items()):
             aligned: Any = plan.apply(model, number)
             aligned.save_pretrained(folder / folders[task], max_shard_size=recipe.max_shard_size)
