@@ -439,12 +439,15 @@ class EMRMergedModel(PreTrainedModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRMergedModel:
         """Move or cast. After a cast the weights are rebuilt from the cast base, as a load in that dtype has them."""
-        before = self.dtype
+        before, was_half = self.dtype, self._half_switched
         if self._switch.ready is not None:
             self._switch.ready.clear()
+        self._half_switched = self._active is not None  # until the end
         super()._apply(fn, recurse)
         if self._active is not None and self.dtype != before:
             self._activate(self._active)
+        else:
+            self._half_switched = was_half
         return self
 
     def merge_and_unload(self, task: str | None = None) -> PreTrainedModel:
@@ -573,6 +576,7 @@ def _restore_base(
         ours = [name for name in state_dict if name.startswith(f"{prefix}model.")]
         state_dict.update({name: state_dict[name].clone() for name in ours})
     if model._active is not None:
+        model._half_switched = True  # until the task is rebuilt, which an error in between prevents
         model._switch.restore_base()
 
 

@@ -56,6 +56,7 @@ class Switch:
         self.mapped = mapped
         self._elements = sum(shape.numel() for shape in shapes.values())
         self._at_base: set[str] = set()  # parameters that hold the base's values
+        self._unmapped: set[str] = set()  # parameters that have memory of their own where the base is mapped
         self._empty: dict[tuple[str, str], bool] = {}  # (parameter, task's key) -> whether the mask is empty
 
     def site_of(self, name: str) -> Site:
@@ -114,8 +115,9 @@ class Switch:
             base.put(name, values.to(self.bank.place or values.device, copy=not self.mapped), persistent=False)
             if not self.mapped:
                 self._at_base.add(name)
-        if self.mapped and base.get(name).data_ptr() == values.data_ptr():  # also after an interruption right here
+        if self.mapped and name not in self._unmapped:  # by itself, as an interruption may come in between
             parameter.data = torch.empty_like(values)
+            self._unmapped.add(name)
 
     def _is_empty(self, name: str, key: str) -> bool:
         """Whether a task does not change a parameter at all, as where no finetune moved it."""
