@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from .adapters import binding, ia3
 from .adapters.delta import AdapterCheckpoint
+from .adapters.layers import require_peft
 from .centre import stand_in
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton, is_head, tied_names
-from .errors import CheckpointError, MismatchError, OptionError, RepoError
+from .disk import writing
+from .errors import CheckpointError, MismatchError, OptionError, RepoError, one_line, short
 from .format import LAYOUTS, tensors_of
 from .hub import MERGED_REPO
+from .json_file import read_json
 from .plan import Plan, dtype_name
 from .publication import Target, check_holds_no_input, check_target
-from .recipe import Recipe
+from .recipe import Recipe, patterns
+from .repo import GENERATION_CONFIG, SIDE_FILES, check_own
 from .report import human
 from .sources import MERGEABLE_DTYPES, Adapter, Source, open_input, open_source
 from .storage import TensorInfo
@@ -59,12 +63,18 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
         EMRError: the first thing that is wrong, of the subclass that says what kind.
     """
     if save_as not in LAYOUTS:
-        raise OptionError(f"save_as={save_as!r} is unknown: expected one of {', '.join(LAYOUTS)}")
+        raise OptionError(f"save_as={short(save_as)} is unknown: expected one of {', '.join(LAYOUTS)}")
     if save_as == "peft" and recipe.method == "levels":
         raise OptionError("save_as='peft': method='levels' replaces the base, beside which an adapter is loaded")
     if save_as == "peft" and isinstance(recipe.base, PreTrainedModel) and not recipe.base.config.name_or_path:
         raise OptionError("save_as='peft': the base is a loaded model without a path: an adapter has to name its base")
+    if save_as == "peft":
+        require_peft()
     target = None if out is None else check_target(out, MERGED_REPO, overwrite)
+    if recipe.align is not None:
+        from .alignment.folders import check_alignment
+
+        check_alignment(recipe)
     base, sources = _open_inputs(recipe)
     if save_as == "peft" and recipe.base is None and all(source.adapter is None for source in sources.values()):
         raise OptionError("save_as='peft': no base is given: an adapter has to name its base")
@@ -74,7 +84,8 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
             "method='levels' replaces the base, but the base of (IA)³ vectors is one: use 'fit' or 'emr'"
         )
     if target is not None:
-        check_space(plan, target)
+        with writing(target.out):
+            check_space(plan, target)
     return plan
 
 
@@ -176,9 +187,11 @@ def common_architecture(sources: Mapping[str, Source]) -> str:
 
 
 def check_finetune(base: Source, source: Source) -> None:
-    """Raise if a finetune cannot be one of the base, by their configurations."""
+    """Raise if a finetune cannot be one of the base, by their configurations, or has files that cannot be used."""
     _check_same_structure(base, source)
-    _check_tokenizer(source)
+    for owner in (base, source):
+        if owner.folder is not None:
+            _check_side_files(owner.label, owner.folder)
 
 
 def _check_same_structure(base: Source, source: Source) -> None:
@@ -195,16 +208,26 @@ def _check_same_structure(base: Source, source: Source) -> None:
             expected, found = getattr(ours, name, None), getattr(theirs, name, None)
             if expected is not None and found is not None and expected != found:
                 what = "another vocabulary size" if name == "vocab_size" else "another architecture"
-                raise MismatchError(f"{source.label}: {what}: {name} is {found}, that of the base is {expected}")
+                raise MismatchError(
+                    f"{source.label}: {what}: {name} is {short(found)}, that of the base is {short(expected)}"
+                )
 
 
-def _check_tokenizer(source: Source) -> None:
-    path = source.folder / "tokenizer_config.json" if source.folder else None
-    if path is not None and path.is_file():
+def _check_side_files(label: str, folder: Path) -> None:
+    """Raise where a file that goes into the repo cannot be read, or transformers would not take it."""
+    for name in (*SIDE_FILES, GENERATION_CONFIG):
+        if os.path.isfile(folder / name):
+            check_own(folder / name, folder)
+            if not os.access(folder / name, os.R_OK):
+                raise CheckpointError(f"{label}: cannot read {folder / name}: no permission")
+    if os.path.lexists(path := folder / "tokenizer_config.json"):
+        read_json(path, label)
+    if os.path.lexists(path := folder / GENERATION_CONFIG):
+        settings = read_json(path, label)
         try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{source.label}: {path} is no valid JSON: {error}") from None
+            GenerationConfig.from_dict(settings).validate()
+        except Exception as error:  # its own checks meet values of any type
+            raise CheckpointError(f"{label}: transformers cannot use {path}: {one_line(error)}") from None
 
 
 def _main_dtype(source: Source) -> torch.dtype:
@@ -224,10 +247,11 @@ def _assign(plan: Plan) -> None:
     """Sort the model's tensors into merged, private and kept."""
     aliases = tied_names(plan.skeleton)
     parameters = dict(plan.skeleton.named_parameters(remove_duplicate=False))
-    patterns = [re.compile(pattern) for pattern in plan.recipe.private]
+    places = plan.skeleton.state_dict()
+    expressions = [re.compile(pattern) for pattern in patterns(plan.recipe.private, places)]
     touched = {name for checkpoint in plan.finetunes.values() for name in checkpoint.touched}
     own = {name for checkpoint in plan.finetunes.values() for name in checkpoint.own}
-    for name, place in plan.skeleton.state_dict().items():
+    for name, place in places.items():
         if name in aliases or name in (plan.skeleton._keys_to_ignore_on_save or ()):
             continue  # the latter transformers computes anew
         for checkpoint in plan.finetunes.values():
@@ -238,7 +262,7 @@ def _assign(plan: Plan) -> None:
             plan.kept.append(name)
             continue
         why = "an adapter has its own" if name in own else None
-        why = _why_private(plan, name, name in parameters, patterns) or why
+        why = _why_private(plan, name, name in parameters, expressions) or why
         if name in parameters:
             _check_dtypes(plan, name, with_base=why is None)
         if why is None:
@@ -261,8 +285,8 @@ def _missing(plan: Plan, checkpoint: NamedTensors, name: str) -> MismatchError:
     return MismatchError(f"{source.label}: {name} is missing from {source.name}: {plan.architecture} needs it{hint}")
 
 
-def _why_private(plan: Plan, name: str, is_parameter: bool, patterns: Sequence[re.Pattern[str]]) -> str | None:
-    if any(pattern.search(name) for pattern in patterns):
+def _why_private(plan: Plan, name: str, is_parameter: bool, expressions: Sequence[re.Pattern[str]]) -> str | None:
+    if any(expression.search(name) for expression in expressions):
         return "asked for by the recipe"
     if not is_parameter:
         return "buffer"
@@ -371,7 +395,8 @@ def config_differences(plan: Plan, task: str) -> list[str]:
     """The repo has one configuration, the default task's: what another finetune has otherwise is lost."""
     ours, theirs = plan.config.to_dict(), plan.finetunes[task].source.config.to_dict()
     return [
-        f"{task}: {name} is {theirs.get(name)!r}, but the merged model has {plan.default_task}'s {ours.get(name)!r}"
+        f"{task}: {name} is {short(theirs.get(name))}, but the merged model has {plan.default_task}'s "
+        f"{short(ours.get(name))}"
         for name in sorted(ours.keys() | theirs.keys())
         if name not in _HARMLESS and "dropout" not in name and ours.get(name) != theirs.get(name)
     ]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,43 +19,78 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.generic import ContextManagers
 
 from .bits import StoredVector
-from .errors import CheckpointError, MismatchError, one_line
+from .errors import CheckpointError, MismatchError, one_line, short
 from .sources import Source
 from .storage import TensorInfo, reserve
 
 # Heads of models whose class does not keep them apart from a named body.
 _HEAD = re.compile(r"^(classifier|score|qa_outputs|classification_head|projector|head|logits_proj|fc)\.")
 
+_SPARE_PARTS = 20_000  # of a model of which only a part is stored
+
 
 def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The source's model without weights, on the meta device, as `from_pretrained` would build it.
 
     Raises:
-        MismatchError: transformers has no such class, or cannot build it from the configuration.
+        MismatchError: transformers has no such class, cannot build it from the configuration, or would build something
+            far larger than what is stored.
     """
     try:
         model_class = model_class_of(str(source.architecture))
         config = deepcopy(source.config)
-        with ContextManagers(model_class.get_init_context(dtype, False, False, False)):
+        stored = (source.base or source).storage.infos
+        with (
+            _parts_limited(_SPARE_PARTS + 16 * len(stored)),
+            ContextManagers(model_class.get_init_context(dtype, False, False, False)),
+        ):
             return model_class(config)
     except Exception as error:  # a model's constructor may raise anything
         raise MismatchError(
-            f"{source.label}: cannot build {source.architecture} from its configuration: {one_line(error)}"
+            f"{source.label}: cannot build {one_line(source.architecture)} from its configuration: {one_line(error)}"
         ) from error
+
+
+@contextmanager
+def _parts_limited(most: int) -> Iterator[None]:
+    """Raise MismatchError where this thread makes a model of more modules and parameters than so many.
+
+    A configuration of a few bytes may ask for as many layers as it likes.
+    """
+    thread, count = threading.get_ident(), 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > most:
+            raise MismatchError(f"it has more than {most:,} parts, many more than are stored")
+
+    with ExitStack() as stack:
+        for register in (register_module_module_registration_hook, register_module_parameter_registration_hook):
+            handle = register(counted)
+            stack.callback(handle.remove)
+        yield
 
 
 def model_class_of(architecture: str) -> type[PreTrainedModel]:
     """A model class of transformers by its name."""
-    model_class = getattr(transformers, architecture, None)
+    try:
+        model_class = getattr(transformers, architecture, None)
+    except Exception as error:  # importing it may fail, for want of another library
+        raise MismatchError(f"architecture {short(architecture)} cannot be imported: {one_line(error)}") from None
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise MismatchError(
-            f"architecture {architecture!r} is not a model class of transformers {transformers.__version__}"
+            f"architecture {short(architecture)} is not a model class of transformers {transformers.__version__}"
         )
     return model_class
 

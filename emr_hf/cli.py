@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -12,16 +14,20 @@ from pathlib import Path
 
 from . import __version__
 from .distributed import is_main_process, launch, launched_size
-from .errors import EMRError, OptionError
+from .errors import EMRError, OptionError, one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, 1 after an error in the input, 130 when interrupted.
+    """Run a command line; returns the exit status.
 
-    Of a launcher's processes all merge, the main one does everything else.
+    It is 0, 1 after an error, 130 when interrupted and 141 when nobody reads the results any more. An error is one
+    line on stderr; `--debug` prints where it came from too. Of a launcher's processes all merge, the main one does
+    everything else.
     """
     collecting = gc.isenabled()
     gc.disable()  # importing torch and transformers makes a million objects, and what follows few
+    with suppress(AttributeError):  # a path need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return _main(arguments)
     finally:
@@ -36,17 +42,43 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 0
     try:
         status = _launch(options)
-        if status is not None:
-            return status
-        _quiet_transformers()
-        options.run(options)
-    except EMRError as error:
-        _complain(str(error))
-        return 1
+        if status is None:
+            _quiet_transformers()
+            options.run(options)
+            print(end="", flush=True)  # what is not yet written out may still fail
+        return status or 0
     except KeyboardInterrupt:
         _complain("interrupted, nothing was written")
         return 130
-    return 0
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Tell the user of an error in one line; returns the exit status."""
+    if isinstance(error, OSError) and not isinstance(error, EMRError):
+        _let_go_of_stdout()
+        if isinstance(error, BrokenPipeError):
+            return 141  # 128 + SIGPIPE, as of any command in a pipe
+    if isinstance(error, (EMRError, OSError)):
+        _complain(" ".join(str(error).splitlines()))
+    elif isinstance(error, MemoryError):
+        _complain("out of memory", everywhere=True)
+    else:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        _complain(f"internal error: {what}; run again with --debug and report it", everywhere=True)
+    return 1
+
+
+def _let_go_of_stdout() -> None:
+    """What could not be written is not tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _launch(options: argparse.Namespace) -> int | None:
@@ -59,9 +91,11 @@ def _launch(options: argparse.Namespace) -> int | None:
     return launch([sys.executable, "-m", "emr_hf", *options.arguments], count, Path(options.out))
 
 
-def _complain(message: str) -> None:
-    if is_main_process():
-        print(f"emr-hf: {message}", file=sys.stderr)
+def _complain(message: str, everywhere: bool = False) -> None:
+    """Print a message, of several processes in the main one, which is told of the others' errors."""
+    if everywhere or is_main_process():
+        with suppress(OSError):
+            print(f"emr-hf: {message}", file=sys.stderr)
 
 
 def _quiet_transformers() -> None:
@@ -77,11 +111,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Merge finetunes of one pretrained model into one repo that becomes any of its tasks.",
     )
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help=_DEBUG)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, run, text: str, *names: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
         sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG)
         for positional in names:
             sub.add_argument(positional, help=_POSITIONALS[positional])
         return sub
@@ -132,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_DEBUG = "show where an error comes from, with Python's traceback"
 _POSITIONALS = {
     "recipe": "YAML file: base, tasks (name: folder or Hub id), and options",
     "out": "folder to write",

@@ -1,6 +1,8 @@
 """Every error that this package raises on bad input, in one hierarchy.
 
-Each names the offender, what was expected and what came.
+Each names the offender, what was expected and what came. Those that a caller of transformers or PEFT may meet are also
+of the built-in class that such a caller catches there: `OSError` for what cannot be read or written, `ValueError` for
+what does not fit, `KeyError` for a name that is not there.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ class RecipeError(OptionError):
     """A recipe file cannot be read or its fields are wrong."""
 
 
-class CheckpointError(EMRError):
+class CheckpointError(EMRError, OSError):
     """An input checkpoint cannot be read: missing shard, truncated file, quantised weights, no weights at all."""
 
 
-class MismatchError(EMRError):
+class MismatchError(EMRError, ValueError):
     """A finetune does not belong to the base: another architecture, vocabulary size, tying or set of tensors."""
 
 
-class NonFiniteError(EMRError):
+class NonFiniteError(EMRError, ValueError):
     """A NaN or Inf in a tensor.
 
     Attributes:
@@ -82,7 +84,7 @@ def naming(tensor: str, shape: Sequence[int], inputs: Sequence[str]) -> Iterator
         raise OptionError(f"{tensor}: {error}") from None
 
 
-class RepoError(EMRError):
+class RepoError(EMRError, OSError):
     """A merged repo cannot be read or written: it exists already, has another format version, or the disk is full."""
 
 
@@ -110,12 +112,14 @@ class UnknownTaskError(EMRError, KeyError):
         super().__init__(task)
 
     def __str__(self) -> str:
-        return f"unknown task {self.task!r}.{nearest(self.task, self.tasks)} This model holds: {', '.join(self.tasks)}"
+        known = ", ".join(self.tasks)
+        return f"unknown task {short(self.task)}.{nearest(self.task, self.tasks)} This model holds: {known}"
 
 
 def one_line(error: object, longest: int = 300) -> str:
     """Another library's message, made fit to stand inside one of ours."""
-    return _cut(" ".join(str(error).split()), longest)
+    text = _cut(" ".join(str(error).split()), longest)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _cut(text: str, longest: int) -> str:
@@ -152,11 +156,13 @@ def short(value: object) -> str:
 def nearest(name: object, names: Iterable[str]) -> str:
     """` Did you mean ...?`, or nothing where no name is near."""
     by_lower = {str(known).lower(): str(known) for known in names}
-    near = [by_lower[match] for match in difflib.get_close_matches(str(name).lower(), by_lower, n=3)]
+    # Of a value of another kind, or of a long one, the comparison would take its time for nothing.
+    asked = name.lower() if isinstance(name, str) and len(name) <= 200 else ""
+    near = [by_lower[match] for match in difflib.get_close_matches(asked, by_lower, n=3)]
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise OptionError unless the value of an option is one of those that there are."""
     if not isinstance(value, str) or value not in choices:
-        raise OptionError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}")
+        raise OptionError(f"{name}={short(value)} is unknown: expected one of {', '.join(choices)}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +24,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
+from .adapters.binding import base_reference, check_kind
+from .adapters.layers import require_peft
+from .adapters.settings import check_ranks, usable_settings
 from .configuration import EMRConfig
-from .errors import OptionError, RepoError, one_line
+from .errors import OptionError, RepoError, one_line, short
 from .exporting import plain_model
 from .finished import FinishedRepo
 from .heads import architectures_of
@@ -36,7 +39,8 @@ from .merging import working_device
 from .opening import config_of, open_merged, read_settings
 from .repo import SIDE_FILES, TASKS_FOLDER, layout_of
 from .report import table
-from .sources import HUB_ERRORS
+from .sources import HUB_ERRORS, Adapter, adapter_settings, as_folder, open_input, read_config
+from .storage import open_adapter
 
 _KINDS = {"SequenceClassification": "text", "ImageClassification": "image"}
 _AUTO = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
@@ -137,11 +141,12 @@ def evaluate_task(
             loaded. Or, before anything is predicted, the finetune of `compare` cannot be loaded or lacks weights, such
             as the head. Or, while predicting, a tokenizer makes ids that the model does not have, or an image after
             the first cannot be opened.
+        CheckpointError: files of the finetune of `compare` cannot be read, or it is an adapter that cannot be used.
         RepoError: not a merged repo.
     """
     for name, value in (("batch_size", batch_size), ("rows", rows)):
         if value is not None and (not isinstance(value, int) or value < 1):
-            raise OptionError(f"{name}={value}: expected a whole number, at least 1")
+            raise OptionError(f"{name}={short(value)}: expected a whole number, at least 1")
     where = working_device(None, device)
     side, repo_settings = _open(repo)
     task = repo_settings.default_task if task is None else task
@@ -174,7 +179,7 @@ def evaluate_task(
 def _open(repo: str | Path) -> tuple[Path, EMRConfig]:
     """The folder with the tokenizers and the configuration of a merged repo; no weights are fetched."""
     folder = Path(repo)
-    if folder.exists():
+    if os.path.exists(folder):
         return folder, open_merged(folder).config
     names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, *SIDE_FILES, *(f"{TASKS_FOLDER}/*/{name}" for name in SIDE_FILES))
     try:
@@ -223,13 +228,13 @@ def _loaded(name: str) -> Measure:
         import evaluate
     except ImportError:
         raise OptionError(
-            f"metric {name!r} needs the library evaluate, which is not installed: pip install 'emr_hf[eval]'"
+            f"metric {short(name)} needs the library evaluate, which is not installed: pip install 'emr_hf[eval]'"
         ) from None
     path, _, average = name.partition(":")
     try:
         metric = evaluate.load(path)
     except Exception as error:  # a metric is a script, fetched or local, that may fail in any way
-        raise OptionError(f"metric {name!r} cannot be loaded: {one_line(error)}") from None
+        raise OptionError(f"metric {short(name)} cannot be loaded: {one_line(error)}") from None
     options = {"average": average} if average else {}
     return lambda predictions, references: metric.compute(predictions=predictions, references=references, **options)
 
@@ -238,7 +243,7 @@ def _measured(name: str, measure: Measure, predictions: list[int], references: l
     try:
         return measure(predictions, references)
     except Exception as error:  # another library's, or a script's
-        raise OptionError(f"metric {name!r} cannot be computed of labels: {one_line(error)}") from None
+        raise OptionError(f"metric {short(name)} cannot be computed of labels: {one_line(error)}") from None
 
 
 def _all_measured(measures: Mapping[str, Measure], predictions: list[int], references: list[int]) -> dict[str, Any]:
@@ -346,15 +351,16 @@ class _Other:
     ):
         self._place, self._kind, self._task = str(place), kind, task
         self._finished = FinishedRepo(place) if layout_of(Path(place)) is not None else None
+        self._adapter = None if self._finished is not None else self._find_adapter()
         theirs: Mapping[int, str] = id2label
         self.prepare = prepare
         if self._finished is not None:
             entry = self._finished.config.entry(task)
             theirs = entry["id2label"]
             self.prepare = _preparer(kind, self._finished.folder, entry["tokenizer"] or "", place)
-        elif not (Path(place) / ADAPTER_CONFIG_NAME).is_file():
+        elif self._adapter is None:
             theirs = {int(index): name for index, name in (self._config().id2label or {}).items()}
-            if Path(place).is_dir() and any((Path(place) / name).is_file() for name in SIDE_FILES):
+            if any(os.path.isfile(Path(place) / name) for name in SIDE_FILES):
                 self.prepare = _preparer(kind, place, "", place)
         if len(theirs) != len(id2label):
             raise OptionError(
@@ -365,11 +371,37 @@ class _Other:
         self.ids = {int(index): by_name[label] if same else int(index) for index, label in theirs.items()}
         self._count = len(id2label)
 
+    def _find_adapter(self) -> Adapter | None:
+        """The finetune if it is an adapter, which says where its base is."""
+        folder = as_folder(self._place)
+        try:
+            if find_adapter_config_file(self._place) is None:
+                return None
+        except Exception as error:  # the Hub, or what is no name of a repo there
+            raise OptionError(
+                f"compare={short(self._place)} is no model here or on the Hub: {one_line(error)}"
+            ) from None
+        if folder is None:
+            found = open_input(self._place, "compare")
+            if not isinstance(found, Adapter):
+                return None
+        else:
+            settings = adapter_settings("compare", folder)
+            found = Adapter("compare", self._place, settings, open_adapter("compare", folder), None, folder)
+        require_peft()
+        check_kind(found)
+        base_reference([found])  # it has to say what it was trained on
+        return found
+
     def _config(self) -> PreTrainedConfig:
+        if (folder := as_folder(self._place)) is not None:
+            return read_config("compare", folder)
         try:
             return AutoConfig.from_pretrained(self._place, trust_remote_code=False)
-        except HUB_ERRORS as error:
-            raise OptionError(f"compare={self._place!r} is no model here or on the Hub: {one_line(error)}") from None
+        except Exception as error:  # the Hub, or what a configuration's class raises
+            raise OptionError(
+                f"compare={short(self._place)} is no model here or on the Hub: {one_line(error)}"
+            ) from None
 
     def model(self) -> PreTrainedModel:
         """The model.
@@ -382,26 +414,27 @@ class _Other:
         try:
             model, missing = self._loaded()
         except Exception as error:  # whatever transformers says of a checkpoint that does not fit
-            raise OptionError(f"compare={self._place!r} cannot be loaded: {one_line(error)}") from None
+            raise OptionError(f"compare={short(self._place)} cannot be loaded: {one_line(error)}") from None
         if missing:
             raise OptionError(
-                f"compare={self._place!r} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}: "
+                f"compare={short(self._place)} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}: "
                 f"expected a finetune of {self._task} with its head"
             )
         return model
 
     def _loaded(self) -> tuple[PreTrainedModel, list[str]]:
         """The model, and the names of the weights that it has from nowhere."""
-        path = Path(self._place) / ADAPTER_CONFIG_NAME
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        adapter = self._adapter
         model, info = _AUTO[self._kind].from_pretrained(
-            settings.get("base_model_name_or_path", self._place),
-            revision=settings.get("revision") or "main",
+            self._place if adapter is None else str(adapter.base),
+            revision=(adapter and adapter.base_revision) or "main",
             num_labels=self._count,
             output_loading_info=True,
         )
-        if settings:  # loaded by itself, as transformers tells nothing of a base's missing weights
-            model.load_adapter(self._place)
+        if adapter is not None:  # loaded by itself, as transformers tells nothing of a base's missing weights
+            usable_settings(adapter.settings, model)
+            check_ranks(adapter.settings, adapter.storage.infos)
+            model.load_adapter(str(adapter.folder))
         modules = dict(model.named_modules())
 
         def is_adapters(name: str) -> bool:

@@ -29,7 +29,10 @@ def read_json(path: Path, label: str, unique: bool = False) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > LARGEST:
             raise ValueError(f"{size:,} bytes are too many for settings")
-        content = json.loads(path.read_text(encoding="utf-8"), **_strict(unique))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, **_strict(unique))
+        if "\\u" in text:  # half a character, which no file can be written with
+            json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
         raise CheckpointError(f"{label}: {path} is nested too deeply") from None
     except (OSError, ValueError) as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import OptionError, nearest, one_line
+from .errors import CheckpointError, OptionError, nearest, one_line, short
+from .regular_file import require_file
 
 FILES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PAIRS = (
@@ -21,6 +23,7 @@ PAIRS = (
 )
 SINGLE = {"text": ("text", "sentence"), "image": ("image", "img")}
 LABELS = ("label", "labels")
+_MOST_NAMES = 50  # in a message
 
 
 @dataclass
@@ -98,31 +101,36 @@ def _load(data: str, config: str | None, split: str | None) -> Any:
             _refuse_config(config, data)
             found = datasets.load_from_disk(data)
             if split is not None and not isinstance(found, dict):
-                raise OptionError(f"split={split!r}: {data} is one data set, which has no splits to choose from")
+                raise OptionError(f"split={short(split)}: {data} is one data set, which has no splits to choose from")
             return found
-        if path.suffix.lower() in FILES or path.is_file():
+        if path.suffix.lower() in FILES or os.path.lexists(path):
             _refuse_config(config, data)
             return _load_file(datasets, path)
         name, _, hub_split = data.partition(":")
         if split and hub_split and split != hub_split:
-            raise OptionError(f"split={split!r}: {data} names another one")
+            raise OptionError(f"split={short(split)}: {data} names another one")
         return datasets.load_dataset(name, config, split=split or hub_split or None)
     except OptionError:
         raise
+    except CheckpointError as error:
+        raise OptionError(str(error)) from None
     except Exception as error:  # the library raises many kinds
         raise OptionError(f"cannot read the data {data}: {one_line(error.__cause__ or error)}") from None
 
 
 def _refuse_config(config: str | None, data: str) -> None:
     if config is not None:
-        raise OptionError(f"config={config!r}: {data} is one data set, which has no configurations to choose from")
+        raise OptionError(
+            f"config={short(config)}: {data} is one data set, which has no configurations to choose from"
+        )
 
 
 def _load_file(datasets: Any, path: Path) -> Any:
     if path.suffix.lower() not in FILES:
         raise OptionError(f"{path}: expected a file that ends in {', '.join(FILES)}")
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise OptionError(f"{path}: there is no such file")
+    require_file(path, "data")
     kind, options = FILES[path.suffix.lower()], {}
     if kind == "csv":  # only what is empty is missing: NA and None are texts and labels like any other
         options = {"keep_default_na": False, "na_values": [""]}
@@ -135,19 +143,20 @@ def _one_split(found: Any, split: str | None, data: object) -> Any:
     if not isinstance(found, dict):
         return found
     if split is not None and split not in found:
-        raise OptionError(f"{data} has no split {split!r}.{nearest(split, found)} It has: {_list(found)}")
+        raise OptionError(f"{data} has no split {short(split)}.{nearest(split, found)} It has: {_list(found)}")
     if split is None and len(found) > 1:
         raise OptionError(f"{data} has several splits: choose one (--split). It has: {_list(found)}")
     return found[split or next(iter(found))]
 
 
 def _list(names: Any) -> str:
-    return ", ".join(map(str, names))
+    texts = [one_line(name, 100) for name in names]
+    return ", ".join(texts if len(texts) <= _MOST_NAMES else [*texts[:_MOST_NAMES], "..."])
 
 
 def _column(names: Sequence[str], name: str, data: object) -> str:
     if name not in names:
-        raise OptionError(f"{data} has no column {name!r}.{nearest(name, names)} It has: {_list(names)}")
+        raise OptionError(f"{data} has no column {short(name)}.{nearest(name, names)} It has: {_list(names)}")
     return name
 
 
@@ -156,7 +165,7 @@ def _input_columns(names: Sequence[str], asked: Sequence[str] | None, kind: str,
     if asked is not None:
         if not 1 <= len(asked) <= most:
             raise OptionError(
-                f"text_column={list(asked)}: expected {'one or two columns' if most == 2 else 'one column'}"
+                f"text_column={short(list(asked))}: expected {'one or two columns' if most == 2 else 'one column'}"
             )
         return [_column(names, name, data) for name in asked]
     if kind == "text":
@@ -173,7 +182,7 @@ def _input_columns(names: Sequence[str], asked: Sequence[str] | None, kind: str,
 def _check_texts(values: Sequence[Any], column: str, data: object) -> None:
     for row, value in enumerate(values):
         if not isinstance(value, str):
-            raise OptionError(f"{data}, row {row}: {column!r} is {value!r}, expected a text")
+            raise OptionError(f"{data}, row {row}: {short(column)} is {short(value)}, expected a text")
 
 
 class _Pictures(Sequence[Any]):
@@ -186,15 +195,20 @@ class _Pictures(Sequence[Any]):
         return len(self._rows)
 
     def __getitem__(self, row: Any) -> Any:
-        value = self._rows[row][self._column]
         try:
             from PIL import Image
-
-            return Image.open(self._folder / value) if isinstance(value, str) else value.convert("RGB")
         except ImportError:
             raise OptionError("reading images needs pillow, which is not installed: pip install pillow") from None
-        except (OSError, AttributeError) as error:
-            raise OptionError(f"row {row}: {self._column!r} is no image: {one_line(error)}") from None
+        try:
+            value = self._rows[row][self._column]  # `datasets` opens what it knows for a picture
+            if not isinstance(value, str):
+                return value.convert("RGB")
+            require_file(self._folder / value, "image")
+            image = Image.open(self._folder / value)
+            image.load()
+            return image
+        except Exception as error:  # a file that is damaged, of a kind of its own for each format
+            raise OptionError(f"row {row}: {short(self._column)} is no image: {one_line(error)}") from None
 
 
 def label_ids(
@@ -222,10 +236,10 @@ def label_ids(
         for row, text in enumerate(texts):
             if text is not None and text.strip().isdecimal():
                 ids[row] = int(text) if int(text) in id2label else None
-    unknown = dict.fromkeys(repr(label) for label, found in zip(labels, ids) if found is None)
+    unknown = dict.fromkeys(short(label) for label, found in zip(labels, ids) if found is None)
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        known = _list(f"{name} ({index})" for index, name in sorted(id2label.items())[:50])
+        known = _list(f"{name} ({index})" for index, name in sorted(id2label.items()))
         raise OptionError(f"{task} does not have the labels {_list(list(unknown)[:5])}{more}. It has: {known}")
     return [found for found in ids if found is not None]
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from .errors import EMRError, OptionError
+from .errors import EMRError, OptionError, short
 from .recipe import BASE
 
 CACHES = ("past_key_values", "cache_params", "mems")
@@ -66,7 +66,7 @@ def names_of(emr_task: Any, config: Any, size: int) -> list[str]:
     """
     values = emr_task.tolist() if hasattr(emr_task, "tolist") else list(emr_task)
     if not isinstance(values, list):
-        raise OptionError(f"emr_task: expected one task for all rows or one for every row, got {emr_task!r}")
+        raise OptionError(f"emr_task: expected one task for all rows or one for every row, got {short(emr_task)}")
     if len(values) != size:
         raise OptionError(f"emr_task: expected a task for each of {size} rows, got {len(values)}")
     return [_name_of(value, row, config) for row, value in enumerate(values)]
@@ -81,7 +81,7 @@ def _name_of(value: object, row: int, config: Any) -> str:
     elif not isinstance(value, str):
         raise OptionError(
             f"emr_task, row {row}: expected a name or an index into the model's tasks, "
-            f"got {value!r} ({type(value).__name__})"
+            f"got {short(value)} ({type(value).__name__})"
         )
     if value != BASE:
         config.entry(value)

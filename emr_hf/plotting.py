@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import OptionError
+from .errors import OptionError, one_line, short
 from .layers import by_layer, grid
 from .report import Tensors
 
@@ -23,9 +24,9 @@ def check_plot(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise OptionError(f"plot={str(path)!r}: expected a file name that ends in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise OptionError(f"plot={str(path)!r}: {path.parent} is no folder")
+        raise OptionError(f"plot={short(str(path))}: expected a file name that ends in {', '.join(SUFFIXES)}")
+    if not os.path.isdir(path.parent):
+        raise OptionError(f"plot={short(str(path))}: {path.parent} is no folder")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -41,6 +42,9 @@ def plot_layers(tensors: Tensors, tasks: Sequence[str], path: Path, title: str) 
         tasks: the columns, in order.
         path: the file, of one of `SUFFIXES`.
         title: above the picture.
+
+    Raises:
+        OptionError: the disk does not take the file.
     """
     from matplotlib.figure import Figure
 
@@ -66,7 +70,10 @@ def plot_layers(tensors: Tensors, tasks: Sequence[str], path: Path, title: str) 
         bar = (place + (width + 0.1) / size[0], below / size[1], 0.12 / size[0], height / size[1])
         figure.colorbar(image, cax=figure.add_axes(bar)).ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=10, x=0.12 / size[0], y=1 - 0.12 / size[1], ha="left", va="top", parse_math=False)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"plot={short(str(path))}: cannot be written: {one_line(error)}") from None
 
 
 def _heat_map(

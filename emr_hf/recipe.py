@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 import yaml
 
 from .election import TAU_DTYPES
-from .errors import OptionError, RecipeError, check_choice, nearest
+from .errors import CheckpointError, OptionError, RecipeError, check_choice, nearest, one_line, short
 from .fitting import check_method
 from .lowbit import BITS
+from .patterns import check_pattern
+from .regular_file import require_file
 from .repo import parse_size
 from .sources import Reference
 
@@ -67,7 +68,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not isinstance(self.finetunes, Mapping) or not self.finetunes:
-            raise OptionError(f"expected a mapping of tasks to finetunes, with at least one, got {self.finetunes!r}")
+            raise OptionError(
+                f"expected a mapping of tasks to finetunes, with at least one, got {short(self.finetunes)}"
+            )
         for task in self.finetunes:
             _check_task_name(task)
         object.__setattr__(self, "rescale", check_method(self.method, self.rescale))
@@ -95,16 +98,19 @@ class Recipe:
         for name in content:
             if name not in allowed:
                 raise RecipeError(
-                    f"{path}: unknown field {name!r}.{nearest(name, allowed)} Expected {', '.join(sorted(allowed))}"
+                    f"{path}: unknown field {short(name)}.{nearest(name, allowed)} "
+                    f"Expected {', '.join(sorted(allowed))}"
                 )
         if "tasks" not in content:
             raise RecipeError(f"{path}: the field 'tasks' is missing")
         tasks = content.pop("tasks")
         if not isinstance(tasks, dict):
-            raise RecipeError(f"{path}: tasks: expected a mapping of names to finetunes, got {tasks!r}")
+            raise RecipeError(f"{path}: tasks: expected a mapping of names to finetunes, got {short(tasks)}")
         try:
             base = _reference("base", content.pop("base"), path.parent) if "base" in content else None
-            finetunes = {task: _reference(f"tasks: {task}", value, path.parent) for task, value in tasks.items()}
+            finetunes = {
+                task: _reference(f"tasks: {one_line(task)}", value, path.parent) for task, value in tasks.items()
+            }
             if isinstance(align := content.get("align"), dict) and isinstance(align.get("data"), str):
                 align["data"] = path.parent / os.path.expandvars(os.path.expanduser(align["data"]))
             return cls(base, finetunes, **content)
@@ -131,77 +137,123 @@ class Recipe:
 
 def _check_task_name(task: object) -> None:
     if not isinstance(task, str) or not task or task != task.strip() or not task.isprintable():
-        raise OptionError(f"illegal task name {task!r}: expected printable text without surrounding blanks")
+        raise OptionError(f"illegal task name {short(task)}: expected printable text without surrounding blanks")
     if task == BASE:
         raise OptionError(f"illegal task name {task!r}: in a mixed batch it stands for the base itself")
 
 
 def _check_labels(labels: object, tasks: Mapping[str, Any]) -> None:
     if not isinstance(labels, Mapping):
-        raise OptionError(f"labels={labels!r}: expected a mapping of tasks to lists of names")
+        raise OptionError(f"labels={short(labels)}: expected a mapping of tasks to lists of names")
     for task, names in labels.items():
         check_choice("labels", task, tasks)
-        right = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names)
+        right = isinstance(names, Sequence) and not isinstance(names, str) and all(map(_is_text, names))
         if not right or not names:
-            raise OptionError(f"labels: {task}: expected a list of names, got {names!r}")
+            raise OptionError(f"labels: {task}: expected a list of names, got {short(names)}")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that a file can hold, without halves of characters."""
+    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode("utf-8")
 
 
 def _check_align(align: object, base: object) -> None:
     if align is None:
         return
     if not isinstance(align, Mapping):
-        raise OptionError(f"align={align!r}: expected a mapping of {', '.join(ALIGN)}")
+        raise OptionError(f"align={short(align)}: expected a mapping of {', '.join(ALIGN)}")
     for name in align:
         if name not in ALIGN:
-            raise OptionError(f"align: unknown field {name!r}.{nearest(name, ALIGN)} Expected {', '.join(ALIGN)}")
+            raise OptionError(f"align: unknown field {short(name)}.{nearest(name, ALIGN)} Expected {', '.join(ALIGN)}")
     if base is not None:
         raise OptionError("align: finetunes of one base lie alike already: leave out the field 'base', or 'align'")
 
 
-def patterns(private: object) -> tuple[str, ...]:
+def patterns(private: object, names: Collection[str] = ()) -> tuple[str, ...]:
     """The regular expressions of an option `private`.
 
+    Args:
+        private: one, or a list of them.
+        names (*optional*): what they are searched in.
+
     Raises:
-        OptionError: it is none, nor a list of them.
+        OptionError: something else, or to search one of them in the names would take too long.
     """
     if isinstance(private, str):
         private = [private]
     if not isinstance(private, Sequence) or not all(isinstance(pattern, str) for pattern in private):
-        raise OptionError(f"private={private!r}: expected a regular expression or a list of them")
+        raise OptionError(f"private={short(private)}: expected a regular expression or a list of them")
     for pattern in private:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise OptionError(f"private: {pattern!r} is not a regular expression: {error}") from None
+        check_pattern(pattern, "private", names, search=True)
     return tuple(private)
 
 
 def _reference(field_name: str, reference: object, folder: Path) -> str | Path:
     if not isinstance(reference, str) or not reference:
-        raise OptionError(f"{field_name}: expected a folder or a Hub id, got {reference!r}")
+        raise OptionError(f"{field_name}: expected a folder or a Hub id, got {short(reference)}")
     expanded = os.path.expandvars(os.path.expanduser(reference))
     local = folder / expanded
-    return local if local.is_dir() or expanded.startswith((".", "/", "~", "$")) else expanded
+    return local if os.path.isdir(local) or expanded.startswith((".", "/", "~", "$")) else expanded
+
+
+_LARGEST = 1 << 20  # bytes of a recipe: thousands of tasks
+_MOST_VALUES = 100_000
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where PyYAML silently keeps the last."""
+    """YAML that refuses a key given twice, where PyYAML silently keeps the last, and aliases of aliases without end.
+
+    A few hundred bytes of them stand for more values than any memory holds.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._sizes: dict[int, int] = {}  # of each node, by its id: how many values it stands for
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and id(node) not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias stands inside what it stands for", None)
+        if node is not None and not is_alias:
+            self._sizes[id(node)] = size = 1 + sum(self._sizes[id(inner)] for inner in _inner_nodes(node))
+            if size > _MOST_VALUES:
+                problem = f"more than {_MOST_VALUES:,} values, aliases written out"
+                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{short(key)} is given twice", node.start_mark)
+            if isinstance(key, Hashable):
+                seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _inner_nodes(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [inner for pair in node.value for inner in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
+        require_file(path, "recipe")
+        if (size := path.stat().st_size) > _LARGEST:
+            raise RecipeError(f"{path} has {size:,} bytes: expected a recipe, of at most {_LARGEST:,}")
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except RecipeError:
+        raise
+    except CheckpointError as error:
+        raise RecipeError(f"cannot read the {error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"cannot read the recipe {path}: {one_line(error)}") from None
+    except RecursionError:
+        raise RecipeError(f"{path} is nested too deeply") from None
+    except Exception as error:  # beside its own, PyYAML lets those of a date or a number through
+        raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected a mapping with the fields base and tasks, got {type(content).__name__}")
     return content

@@ -23,7 +23,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from .errors import CheckpointError, OptionError, RepoError
+from .errors import CheckpointError, OptionError, RepoError, short
 from .format import MODEL_TYPE, PEFT_PREFIX, PEFT_TYPE, stored_name
 from .json_file import read_json
 from .storage import Storage, TensorInfo, open_adapter, open_folder, reserve
@@ -132,12 +132,13 @@ def parse_size(size: str | int) -> int:
     Raises:
         OptionError: anything else, or nothing.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B|(\d+)", str(size).upper())
-    if match and not isinstance(size, bool):
+    text = size.upper() if isinstance(size, str) else str(size) if type(size) is int and abs(size) < 2**63 else ""
+    match = re.fullmatch(r"(\d{1,19}(?:\.\d{1,19})?)\s*([KMGT]?)B|(\d{1,19})", text)
+    if match:
         number, unit, plain = match.groups()
         if (found := int(plain or float(number) * 1000 ** " KMGT".index(unit or " "))) > 0:
             return found
-    raise OptionError(f"max_shard_size={size!r}: expected bytes, more than 0, or a size such as '5GB'")
+    raise OptionError(f"max_shard_size={short(size)}: expected bytes, more than 0, or a size such as '5GB'")
 
 
 def create_weights(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection
@@ -20,7 +19,6 @@ from huggingface_hub.errors import (
     NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    StrictDataclassError,
 )
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -33,7 +31,8 @@ from transformers.utils import (
     WEIGHTS_INDEX_NAME,
 )
 
-from .errors import CheckpointError, one_line
+from .errors import CheckpointError, EMRError, one_line, short
+from .json_file import read_json
 from .storage import MODEL_WEIGHTS, ModelStorage, Storage, TensorInfo, open_adapter, open_folder
 
 if TYPE_CHECKING:  # a configuration is loaded without the code of models
@@ -128,6 +127,7 @@ class Source:
         folder: where configuration and tokenizer files are; `None` for a loaded model.
         model: the loaded model, if it is one.
         adapter: the adapter, if it is one; `config` is its base's then, with the adapter's labels.
+        base: the base that completes an adapter.
     """
 
     label: str
@@ -138,6 +138,7 @@ class Source:
     folder: Path | None = None
     model: PreTrainedModel | None = None
     adapter: Adapter | None = None
+    base: Source | None = None
 
     @property
     def paths(self) -> list[Path]:
@@ -176,13 +177,17 @@ def open_input(reference: Reference, label: str) -> Source | Adapter:
         raise CheckpointError(
             f"{label}: expected a folder, a Hub id or a loaded PreTrainedModel, got {type(reference).__name__}"
         )
-    elif (folder := _as_folder(reference)) is not None:
-        name, revision = hub_snapshot(folder) or (folder.resolve().name, None)
-        if is_adapter(os.listdir(folder)):
-            return Adapter(label, name, _settings(label, folder), open_adapter(label, folder), revision, folder)
-        source = Source(label, name, _config(label, folder), open_folder(label, folder), revision, folder)
+    elif (folder := as_folder(reference)) is not None:
+        name, revision = hub_snapshot(folder) or (_printable(folder.resolve().name), None)
+        if is_adapter(_files(label, folder)):
+            return Adapter(label, name, adapter_settings(label, folder), open_adapter(label, folder), revision, folder)
+        storage = open_folder(label, folder)
+        source = Source(label, name, _config(label, folder, storage), storage, revision, folder)
     elif isinstance(reference, Path) or re.match(r"[./~]|[A-Za-z]:\\", reference) or os.path.isfile(reference):
-        raise CheckpointError(f"{label}: {reference} is not a folder: expected a checkpoint's folder or a Hub id")
+        raise CheckpointError(
+            f"{label}: {_named(reference)} is not a folder{_why_not(reference)}: expected a checkpoint's folder or a "
+            "Hub id"
+        )
     else:
         found = _open_hub(reference, label)
         if isinstance(found, Adapter):
@@ -200,12 +205,46 @@ def open_input(reference: Reference, label: str) -> Source | Adapter:
     return source
 
 
-def _as_folder(reference: str | Path) -> Path | None:
+def as_folder(reference: str | Path) -> Path | None:
+    """The folder at a path, `None` where there is none, or none that can be looked at."""
     try:
         folder = Path(reference).expanduser()
         return folder if folder.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long a name, an unknown user's home, a null byte
         return None
+
+
+def _why_not(reference: str | Path) -> str:
+    """What the system says of a path that is no folder, if it is more than that nothing is there."""
+    try:
+        Path(reference).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, RuntimeError, ValueError) as error:
+        return f" ({one_line(error.strerror if isinstance(error, OSError) else error)})"
+    return ""
+
+
+def _named(reference: str | Path) -> str:
+    return one_line(_printable(str(reference)))
+
+
+def _printable(name: str) -> str:
+    """A name without the bytes that are no text, as a disk may have them."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def _files(label: str, folder: Path) -> list[str]:
+    """Names in a folder, whose settings and weights may be read."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise CheckpointError(f"{label}: cannot read the folder {_named(folder)}: {error.strerror}") from None
+    for name in names:
+        path = folder / name
+        if name.endswith((".json", ".safetensors", ".bin")) and os.path.isfile(path) and not os.access(path, os.R_OK):
+            raise CheckpointError(f"{label}: cannot read {_named(path)}: no permission")
+    return names
 
 
 def hub_snapshot(path: str | Path) -> tuple[str, str] | None:
@@ -216,8 +255,8 @@ def hub_snapshot(path: str | Path) -> tuple[str, str] | None:
 
 def _published_name(name: str) -> str:
     """A Hub id as it is, of a local path the last part."""
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
-    return name if is_hub_id else Path(name).name
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not os.path.exists(name)
+    return name if is_hub_id else _printable(Path(name).name)
 
 
 def _quantisation(config: PreTrainedConfig) -> str:
@@ -231,35 +270,74 @@ def is_adapter(files: Collection[str]) -> bool:
     return ADAPTER_CONFIG_NAME in files and not any(name in files for name in MODEL_WEIGHTS)
 
 
-def _settings(label: str, folder: Path) -> dict[str, Any]:
+def adapter_settings(label: str, folder: Path) -> dict[str, Any]:
+    """Content of `adapter_config.json` in a PEFT adapter's folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not say what it is.
+    """
     path = folder / ADAPTER_CONFIG_NAME
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings["peft_type"], str):
-            raise TypeError(f"peft_type is {settings['peft_type']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"no field {error}" if isinstance(error, KeyError) else one_line(error)
-        raise CheckpointError(f"{label}: cannot use {path}: {reason}: expected a PEFT adapter's settings") from None
+    settings = read_json(path, label)
+    if not isinstance(settings.get("peft_type"), str):
+        found = f"peft_type is {short(settings['peft_type'])}" if "peft_type" in settings else "no field 'peft_type'"
+        raise CheckpointError(f"{label}: cannot use {path}: {found}: expected a PEFT adapter's settings")
+    for field in ("base_model_name_or_path", "revision"):
+        if not isinstance(settings.get(field) or "", str):
+            raise CheckpointError(f"{label}: cannot use {path}: {field} is {short(settings[field])}: expected a text")
     return settings
 
 
-def read_config(label: str, folder: Path) -> PreTrainedConfig:
+def read_config(label: str, folder: Path, storage: Storage | None = None) -> PreTrainedConfig:
     """`config.json` of a folder; a checkpoint's own code is never run.
 
+    Args:
+        label: owner of the folder, for the message.
+        folder: where the file is.
+        storage (*optional*): the tensors beside it, which its sizes are compared with.
+
     Raises:
-        CheckpointError: transformers cannot use it.
+        CheckpointError: it cannot be read, it names sizes of another order than the tensors', or transformers cannot
+            use it.
     """
+    path = folder / CONFIG_NAME
+    infos = storage.infos.values() if storage is not None else ()
+    sizes = [size for info in infos if info.numel for size in info.shape]
+    settings = read_json(path, label)
+    _check_sizes(f"{label}: {path}", settings, max(sizes, default=0))
+    named = settings.get("architectures")
+    if not (named is None or (isinstance(named, list) and all(isinstance(name, str) for name in named))):
+        raise CheckpointError(f"{label}: {path}: architectures is {short(named)}: expected a list of names")
     try:
         # False, not the default: that one would ask to run a checkpoint's own code.
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{label}: cannot use {folder / CONFIG_NAME}: {one_line(error)}") from None
+    except Exception as error:  # a configuration's class may raise anything
+        raise CheckpointError(f"{label}: cannot use {path}: {one_line(error) or type(error).__name__}") from None
 
 
-def _config(label: str, folder: Path) -> PreTrainedConfig:
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{label}: no {CONFIG_NAME} in {folder}")
-    return read_config(label, folder)
+# Numbers of parts, for each of which a model or its configuration makes something; and sizes of tensors.
+_PARTS = re.compile(r"(^|_)(num|n|number)_|(layers?|blocks?|heads?|experts?|labels|stages?|depths?|groups?)$")
+_SIZES = re.compile(r"(size|sizes|dims?|dimension|width|length|positions|embeddings|vocab|ctx|channels|ratio|model)$")
+_MOST_PARTS, _LARGEST_SIZE = 1 << 17, 1 << 24
+
+
+def _check_sizes(where: str, value: object, stored: int, name: str = "") -> None:
+    """Raise CheckpointError where a configuration is of something far larger than the largest stored dimension."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_sizes(where, inner, stored, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_sizes(where, inner, stored, name)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        most = _LARGEST_SIZE if _SIZES.search(name) else _MOST_PARTS if _PARTS.search(name) else value
+        if value > max(most, stored):
+            raise CheckpointError(f"{where}: {name} is {short(value)}, but no stored tensor is of such a size")
+
+
+def _config(label: str, folder: Path, storage: Storage) -> PreTrainedConfig:
+    if not os.path.lexists(folder / CONFIG_NAME):
+        raise CheckpointError(f"{label}: no {CONFIG_NAME} in {_named(folder)}")
+    return read_config(label, folder, storage)
 
 
 def commit_of(repo_id: str, revision: str | None) -> str:
@@ -282,16 +360,22 @@ def _open_hub(reference: str, label: str) -> Source | Adapter:
         if is_adapter(files):
             if not offline:  # an adapter is small: no need to read headers from afar
                 folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=_ADAPTER_FILES))
-            return Adapter(label, repo_id, _settings(label, folder), open_adapter(label, folder), commit, folder)
+            return Adapter(
+                label, repo_id, adapter_settings(label, folder), open_adapter(label, folder), commit, folder
+            )
         storage = open_folder(label, folder) if offline else HubStorage(label, repo_id, commit)
+    except EMRError:
+        raise
     except HFValidationError as error:
-        raise CheckpointError(f"{label}: {reference!r} is neither a folder nor a Hub id: {one_line(error)}") from None
+        raise CheckpointError(
+            f"{label}: {short(reference)} is neither a folder nor a Hub id: {one_line(error)}"
+        ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointError(
-            f"{label}: {reference!r} is neither a folder here nor on the Hub: {one_line(error)}"
+            f"{label}: {short(reference)} is neither a folder here nor on the Hub: {one_line(error)}"
         ) from None
     except HUB_ERRORS as error:
         raise CheckpointError(
-            f"{label}: {reference!r} is no folder here, and the Hub did not answer for it: {one_line(error)}"
+            f"{label}: {short(reference)} is no folder here, and the Hub did not answer for it: {one_line(error)}"
         ) from None
-    return Source(label, repo_id, _config(label, folder), storage, commit, folder)
+    return Source(label, repo_id, _config(label, folder, storage), storage, commit, folder)

@@ -144,6 +144,8 @@ class SafetensorsStorage:
                     part = file.get_slice(name)
                     self.infos[name] = TensorInfo.of_header(label, name, part.get_shape(), part.get_dtype())
                     self._files[name] = path, file
+            except CheckpointError:
+                raise
             except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
                 raise CheckpointError(f"{label}: {path} is truncated or damaged: {one_line(error)}") from None
         _check_places(label, places, {name: path for name, (path, _) in self._files.items()})

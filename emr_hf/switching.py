@@ -93,7 +93,10 @@ class Switch:
         """Tasks have generation settings of their own only where these differ."""
         settings = self.config.entry(task).get("generation_config")
         if settings is not None:
-            self.model.generation_config = GenerationConfig.from_dict(settings)
+            found = GenerationConfig.from_dict(settings)
+            # As it was published, which transformers lets be saved again; of what is changed here it is stricter.
+            found._original_object_hash = hash(found)
+            self.model.generation_config = found
 
     def rebuild(self, name: str, key: str) -> list[Callable[[], object]]:
         """What has to be done to one parameter for a task. What the model holds before the first time is the base."""

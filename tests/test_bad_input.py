@@ -584,7 +584,7 @@ def test_a_bad_recipe_is_one_line_that_names_the_field(recipe, text, named):
 
 def test_a_missing_recipe_is_named(tmp_path):
     for path in (tmp_path / "nowhere.yaml", tmp_path):
-        with pytest.raises(emr_hf.RecipeError, match=f"cannot read the recipe {path}"):
+        with pytest.raises(emr_hf.RecipeError, match=f"cannot read the recipe: {path}"):
             emr_hf.Recipe.load(path)
 
 

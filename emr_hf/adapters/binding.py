@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,19 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..checkpoint import build_skeleton, is_head
-from ..errors import CheckpointError, MismatchError, one_line
+from ..errors import CheckpointError, MismatchError, one_line, short
 from ..format import PEFT_TYPE
-from ..sources import HUB_ERRORS, Adapter, Reference, Source, commit_of, hub_snapshot, open_source, read_config
+from ..sources import (
+    HUB_ERRORS,
+    Adapter,
+    Reference,
+    Source,
+    as_folder,
+    commit_of,
+    hub_snapshot,
+    open_source,
+    read_config,
+)
 from ..storage import MODEL_WEIGHTS
 from .layers import require_peft
 
@@ -36,6 +47,7 @@ _NO_WEIGHT = {
     "layer_replication": "layer replication, which changes the base",
     "alora_invocation_tokens": "activated LoRA, which depends on the input",
     "arrow_config": "Arrow routing, which depends on the input",
+    "megatron_config": "layers of Megatron, which no model of transformers has",
 }
 TASK_TYPES = {
     "SequenceClassification": "SEQ_CLS",
@@ -57,12 +69,12 @@ def check_kind(adapter: Adapter) -> None:
         raise CheckpointError(f"{label}: {adapter.name} is a merge already: give the adapters it was made of")
     if adapter.peft_type not in SUPPORTED:
         raise CheckpointError(
-            f"{label}: {adapter.name} is a PEFT adapter of type {adapter.peft_type}: expected one of "
+            f"{label}: {adapter.name} is a PEFT adapter of type {one_line(adapter.peft_type)}: expected one of "
             f"{', '.join(SUPPORTED)}"
         )
-    start = str(settings.get("init_lora_weights", True)).lower()
+    start = settings.get("init_lora_weights")
     for prefix, name in _CHANGES_BASE.items():
-        if start.startswith(prefix):
+        if isinstance(start, str) and start.lower().startswith(prefix):
             raise CheckpointError(
                 f"{label}: {adapter.name} was initialised by {name}, which changes the base: save it as an ordinary "
                 "LoRA (save_pretrained with path_initial_model_for_weight_conversion) and merge that"
@@ -87,8 +99,9 @@ def base_reference(adapters: Sequence[Adapter]) -> Reference:
     for other in named:
         if _hub_id(str(other.base)) != _hub_id(str(first.base)):
             raise MismatchError(
-                f"{other.label}: was trained on {_base_of(other)}, {first.label} on {_base_of(first)}: all adapters "
-                "must have one base; if these are one, give it in the recipe"
+                f"{other.label}: was trained on {one_line(_base_of(other))}, {first.label} on "
+                f"{one_line(_base_of(first))}: all adapters must have one base; if these are one, give it in the "
+                "recipe"
             )
     return _base_of(first)  # revisions are compared when the base is known
 
@@ -100,7 +113,7 @@ def _hub_id(name: str) -> str:
 
 def _base_of(adapter: Adapter) -> str:
     revision = adapter.base_revision
-    return f"{adapter.base}@{revision}" if revision and not Path(str(adapter.base)).exists() else str(adapter.base)
+    return f"{adapter.base}@{revision}" if revision and as_folder(str(adapter.base)) is None else str(adapter.base)
 
 
 def bind(adapter: Adapter, base: Source) -> Source:
@@ -116,7 +129,14 @@ def bind(adapter: Adapter, base: Source) -> Source:
     config = deepcopy(base.config)
     config.architectures = [_architecture(adapter, base)]
     source = Source(
-        adapter.label, adapter.name, config, adapter.storage, adapter.revision, adapter.folder, adapter=adapter
+        adapter.label,
+        adapter.name,
+        config,
+        adapter.storage,
+        adapter.revision,
+        adapter.folder,
+        adapter=adapter,
+        base=base,
     )
     _apply_labels(source)
     return source
@@ -127,8 +147,9 @@ def _check_base(adapter: Adapter, base: Source) -> None:
         return
     if not _same_model(adapter.base, base):
         raise MismatchError(
-            f"{adapter.label}: was trained on {adapter.base}, the base is {base.name}: give the base that it was "
-            "trained on, or correct base_model_name_or_path in its adapter_config.json if that is the same model"
+            f"{adapter.label}: was trained on {one_line(adapter.base)}, the base is {base.name}: give the base that "
+            "it was trained on, or correct base_model_name_or_path in its adapter_config.json if that is the same "
+            "model"
         )
     if adapter.base_revision is None or base.revision is None or adapter.base_revision == base.revision:
         return
@@ -136,19 +157,20 @@ def _check_base(adapter: Adapter, base: Source) -> None:
         commit = commit_of(base.name, adapter.base_revision)
     except HUB_ERRORS as error:
         raise CheckpointError(
-            f"{adapter.label}: cannot look up revision {adapter.base_revision} of {base.name}: {one_line(error)}"
+            f"{adapter.label}: cannot look up revision {one_line(adapter.base_revision)} of {base.name}: "
+            f"{one_line(error)}"
         ) from None
     if commit != base.revision:
         raise MismatchError(
-            f"{adapter.label}: was trained on revision {adapter.base_revision} of {base.name}, the base is revision "
-            f"{base.revision}: give the base as {base.name}@{adapter.base_revision}"
+            f"{adapter.label}: was trained on revision {one_line(adapter.base_revision)} of {base.name}, the base is "
+            f"revision {base.revision}: give the base as {base.name}@{one_line(adapter.base_revision)}"
         )
 
 
 def _same_model(named: str, base: Source) -> bool:
     """Whether a name and a source are one model: by folder or content where both are here, else by name."""
-    folder, named = Path(named).expanduser(), _hub_id(named)
-    if folder.is_dir() and base.folder is not None:
+    folder, named = as_folder(named), _hub_id(named)
+    if folder is not None and base.folder is not None:
         if folder.resolve() == base.folder.resolve() or _same_weights(folder, base.folder):
             return True
         return base.revision is not None and named == base.name
@@ -158,7 +180,7 @@ def _same_model(named: str, base: Source) -> bool:
 
 
 def _same_weights(one: Path, other: Path) -> bool:
-    files = [name for name in MODEL_WEIGHTS if (one / name).is_file() or (other / name).is_file()]
+    files = [name for name in MODEL_WEIGHTS if isfile(one / name) or isfile(other / name)]
     return bool(files) and not any(filecmp.cmpfiles(one, other, files, shallow=False)[1:])
 
 
@@ -168,15 +190,17 @@ def _architecture(adapter: Adapter, base: Source) -> str:
     mapped = adapter.settings.get("auto_mapping")
     mapped = mapped.get("base_model_class") if isinstance(mapped, dict) else None
     if task_type is None:
-        if not (mapped or base.architecture):
+        named = mapped if isinstance(mapped, str) and mapped else base.architecture
+        if not named:
             raise MismatchError(f"{adapter.label}: neither {adapter.name} nor {base.name} names a model class")
-        return str(mapped or base.architecture)
-    auto_class = getattr(transformers, _AUTO_CLASSES.get(str(task_type), ""), None)
+        return named
+    known = _AUTO_CLASSES.get(task_type, "") if isinstance(task_type, str) else ""
+    auto_class = getattr(transformers, known, None)
     mapping: Mapping[Any, Any] = auto_class._model_mapping if auto_class else {}
     if type(base.config) not in mapping:
         raise MismatchError(
-            f"{adapter.label}: {adapter.name} is for task type {task_type}, for which {base.config.model_type} has no "
-            "class"
+            f"{adapter.label}: {adapter.name} is for task type {short(task_type)}, for which "
+            f"{base.config.model_type} has no class"
         )
     model_class = mapping[type(base.config)]
     return (model_class[0] if isinstance(model_class, tuple) else model_class).__name__
@@ -187,7 +211,7 @@ def _apply_labels(source: Source) -> None:
     assert source.adapter is not None
     count = _label_count(source)
     if source.folder is not None and (source.folder / CONFIG_NAME).is_file():
-        saved: PreTrainedConfig = read_config(source.label, source.folder)
+        saved: PreTrainedConfig = read_config(source.label, source.folder, source.storage)
         if count is not None and saved.num_labels != count:
             raise MismatchError(
                 f"{source.label}: its head has {count} labels, its {CONFIG_NAME} names {saved.num_labels}: correct it"

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..checkpoint import NamedTensors, spill, tied_names
 from ..election import torch_threads
-from ..errors import CheckpointError, MismatchError, nearest, one_line
+from ..errors import CheckpointError, MismatchError, OptionError, nearest, one_line, short
 from ..sources import Source
 from ..storage import TensorInfo
 from .binding import PREFIX
@@ -208,15 +209,17 @@ def injected_copy(source: Source, skeleton: PreTrainedModel) -> tuple[PreTrained
     """A copy of the skeleton with the adapter's layers, on the meta device, and PEFT's configuration.
 
     Raises:
-        CheckpointError: the adapter's settings do not fit the model.
+        CheckpointError: the adapter's settings cannot be used, or do not fit the model.
     """
     assert source.adapter is not None
     model = deepcopy(skeleton)
     try:
         return model, inject(model, source.adapter.settings)
+    except OptionError as error:
+        raise CheckpointError(f"{source.label}: {source.name}: {ADAPTER_CONFIG_NAME}: {error}") from None
     except Exception as error:  # settings may make PEFT raise anything
         targets = source.adapter.settings.get("target_modules")
         raise CheckpointError(
-            f"{source.label}: {source.name}, with target_modules {targets}, does not fit {type(model).__name__}: "
-            f"{one_line(error)}"
+            f"{source.label}: {source.name}, with target_modules {short(targets)}, does not fit "
+            f"{type(model).__name__}: {one_line(error)}"
         ) from error

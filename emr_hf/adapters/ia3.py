@@ -20,6 +20,7 @@ from ..checkpoint import NamedTensors
 from ..storage import TensorInfo
 from .delta import AdapterCheckpoint
 from .layers import ADAPTER, adapted_layers, inject, plain_name
+from .settings import own_settings
 
 VECTOR = ".ia3_l."
 
@@ -106,9 +107,7 @@ class VectorCheckpoint(NamedTensors):
         """What it takes to write the task as an (IA)³ adapter again."""
         if self.source.adapter is None:
             return {}
-        where = ("base_model_name_or_path", "revision")  # a path of this machine, it may be
-        settings = {name: value for name, value in self.source.adapter.settings.items() if name not in where}
-        return {"adapter": settings, "vectors": sorted(self._stored)}
+        return {"adapter": own_settings(self.source.adapter.settings), "vectors": sorted(self._stored)}
 
     @property
     def touched(self) -> Collection[str]:

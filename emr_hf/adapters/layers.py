@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import OptionError
+from .settings import usable_settings
 
 ADAPTER = "unified"
 """Name under which an adapter's layers are in a model; a stored adapter's names do not hold it."""
@@ -35,17 +38,21 @@ def inject(model: nn.Module, settings: dict[str, Any], adapter: str = ADAPTER) -
         PEFT's configuration object.
 
     Raises:
+        OptionError: a setting that is of a wrong type, or that PEFT could not work with in a bounded time.
         ValueError: what PEFT has to say of settings that do not fit the model.
     """
     require_peft()
-    from peft import PeftConfig, inject_adapter_in_model
+    from peft import IA3Config, LoraConfig, inject_adapter_in_model
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about training, merging and other versions' fields
-        config = PeftConfig.from_peft_type(**{**settings, "inference_mode": True})
-        if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = False  # values come from the file
-        on_meta = any(parameter.is_meta for parameter in model.parameters())
+    used: dict[str, Any] = {**usable_settings(settings, model), "inference_mode": True}
+    if settings["peft_type"] == "LORA":
+        used["init_lora_weights"] = False  # values come from the file
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore")  # about training and merging
+        if on_meta:  # PEFT itself would allocate each layer before it gives it up again, whatever rank the file says
+            stack.enter_context(torch.device("meta"))
+        config = (LoraConfig if settings["peft_type"] == "LORA" else IA3Config)(**used)
         inject_adapter_in_model(config, model, adapter, low_cpu_mem_usage=on_meta)
     return config
 

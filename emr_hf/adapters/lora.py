@@ -16,7 +16,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from ..bits import StoredVector
 from ..checkpoint import build_skeleton, tied_names
-from ..errors import OptionError
+from ..errors import OptionError, short
 from ..finished import FinishedRepo, FinishedTask
 from ..report import human, table
 from ..sites import site_of
@@ -60,7 +60,7 @@ class LoraReport:
 def check_rank(rank: object) -> int:
     """Raise OptionError unless `rank` is a whole number above 0."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise OptionError(f"rank={rank!r}: expected a whole number above 0")
+        raise OptionError(f"rank={short(rank)}: expected a whole number above 0")
     return rank
 
 
@@ -78,7 +78,8 @@ def write_lora(repo: FinishedRepo, task: str, folder: Path, rank: int) -> LoraRe
         what it keeps.
 
     Raises:
-        OptionError: the repo merges vectors, or two levels, or the task changes nothing that a LoRA can hold.
+        OptionError: the repo merges vectors, or two levels, the task changes nothing that a LoRA can hold, or the rank
+            is larger than any weight.
     """
     require_peft()
     if repo.config.vectors is not None:
@@ -86,6 +87,7 @@ def write_lora(repo: FinishedRepo, task: str, folder: Path, rank: int) -> LoraRe
     if repo.config.method == "levels":
         raise OptionError(f"{repo.folder} holds two levels for each weight, not the base that a LoRA is added to")
     skeleton = build_skeleton(repo.source(task), torch.float32)
+    _check_largest(rank, skeleton, repo.config.merged_parameters or [])
     kept = repo.task(task, skeleton)
     report = LoraReport(task, rank)
     tied = {name for pair in tied_names(skeleton).items() for name in pair}
@@ -101,6 +103,13 @@ def write_lora(repo: FinishedRepo, task: str, folder: Path, rank: int) -> LoraRe
     save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     report.bytes_out = sum(tensor.nbytes for tensor in tensors.values())
     return report
+
+
+def _check_largest(rank: int, skeleton: PreTrainedModel, merged: Collection[str]) -> None:
+    """Raise where factors would be larger than every weight that they stand for."""
+    most = max((side for name in merged for side in skeleton.get_parameter(name).shape), default=0)
+    if rank > most:
+        raise OptionError(f"rank={short(rank)}: expected at most {most:,}, the largest side of a weight")
 
 
 def _whole_modules(skeleton: PreTrainedModel, private: Collection[str], tied: Collection[str]) -> list[str]:

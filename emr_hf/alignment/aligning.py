@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MismatchError, OptionError, nearest
+from ..errors import MismatchError, OptionError, nearest, short
 from ..recipe import patterns as checked_patterns
 from .averaging import agreement, average, check_data
 from .layout import Axis, Permutation, Symmetries, described
@@ -67,12 +67,12 @@ class AlignmentPlan:
         copy = deepcopy(model)
         tensors = stored_tensors(copy)
         for name in sorted(tensors.keys() - self.symmetries.tensors.keys()):
-            raise MismatchError(f"the aligned models have no tensor {name!r}: its order is not known")
+            raise MismatchError(f"the aligned models have no tensor {short(name)}: its order is not known")
         for name, layout in self.symmetries.tensors.items():
             if name in self.private and name not in tensors:
                 continue
             if name not in tensors:
-                raise MismatchError(f"the model has no tensor {name!r}.{nearest(name, tensors)}")
+                raise MismatchError(f"the model has no tensor {short(name)}.{nearest(name, tensors)}")
             if tensors[name].dim() != len(layout):
                 raise MismatchError(f"{name} has {tensors[name].dim()} axes, expected {len(layout)}")
             for dim, (size, axis) in enumerate(zip(tensors[name].shape, layout)):
@@ -89,7 +89,9 @@ class AlignmentPlan:
         if number is None and len(self.permutations) == 2:
             return 1
         if not isinstance(number, int) or not 0 <= number < len(self.permutations):
-            raise OptionError(f"number={number!r}: expected one of 0 to {len(self.permutations) - 1}, a model's place")
+            raise OptionError(
+                f"number={short(number)}: expected one of 0 to {len(self.permutations) - 1}, a model's place"
+            )
         return number
 
     def __str__(self) -> str:
@@ -224,16 +226,18 @@ def check_options(method: str, weight: float | str, sites: str, has_data: bool) 
         OptionError: a value cannot be used, or not without data.
     """
     if not isinstance(method, str) or method not in METHODS:
-        raise OptionError(f"method={method!r} is unknown.{nearest(method, METHODS)} Expected {', '.join(METHODS)}")
+        raise OptionError(
+            f"method={short(method)} is unknown.{nearest(method, METHODS)} Expected {', '.join(METHODS)}"
+        )
     if weight != "auto" and not (isinstance(weight, (int, float)) and 0 <= weight <= 1):
-        raise OptionError(f"weight={weight!r}: expected a number from 0 to 1, or 'auto'")
+        raise OptionError(f"weight={short(weight)}: expected a number from 0 to 1, or 'auto'")
     if sites not in ("all", "last"):
-        raise OptionError(f"sites={sites!r}: expected 'all' or 'last'")
+        raise OptionError(f"sites={short(sites)}: expected 'all' or 'last'")
     share, measure = METHODS[method]
     if share is None and weight != "auto":
         share = float(weight)
     if not share and not has_data:
-        option = f"weight={weight!r}" if method == "mudsc" else f"method={method!r}"
+        option = f"weight={short(weight)}" if method == "mudsc" else f"method={short(method)}"
         raise OptionError(f"{option} needs data: without it only the weights can be compared")
     return share, measure
 
@@ -261,10 +265,10 @@ def private_tensors(models: Sequence[nn.Module], patterns: str | Sequence[str] =
     """
     if len(models) < 2:
         raise OptionError(f"expected two or more models, got {len(models)}")
-    patterns = checked_patterns(patterns)
     for number, model in enumerate(models):
         _check_model(f"model {number}", model)
     first, *others = (stored_tensors(model) for model in models)
+    patterns = checked_patterns(patterns, {name for state in (first, *others) for name in state})
     own = {name for name in first if is_private(models[0], name, patterns)}
     for number, (model, state) in enumerate(zip(models[1:], others), start=1):
         if type(model) is not type(models[0]):

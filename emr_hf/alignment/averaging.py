@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import MismatchError, OptionError, nearest, one_line
+from ..errors import MismatchError, OptionError, nearest, one_line, short
 from .similarity import evaluating, run_on
 from .symmetry import output_tensors, stored_tensors
 
@@ -80,11 +80,11 @@ def _states(models: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
 
 def _check_names(private: Collection[str], states: Sequence[Mapping[str, Tensor]]) -> None:
     if isinstance(private, str):
-        raise OptionError(f"private={private!r}: expected names of tensors, such as a plan's private")
+        raise OptionError(f"private={short(private)}: expected names of tensors, such as a plan's private")
     known = {name for state in states for name in state}
     for name in private:
         if name not in known:
-            raise OptionError(f"private: no model has a tensor {name!r}.{nearest(name, known)}")
+            raise OptionError(f"private: no model has a tensor {short(name)}.{nearest(name, known)}")
 
 
 def check_data(data: object) -> None:

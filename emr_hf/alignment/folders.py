@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ..checkpoint import model_class_of
-from ..errors import CheckpointError, OptionError, RecipeError, one_line
+from ..checkpoint import build_skeleton, model_class_of
+from ..errors import CheckpointError, OptionError, RecipeError, one_line, short
 from ..publication import Kind, atomic_folder, check_holds_no_input, claim
+from ..regular_file import require_file
 from ..repo import copy_side_files, is_written_by_us
 from ..sources import Source, open_source
 from .aligning import AlignmentPlan, align, check_options
+from .matching import check_scipy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,10 +58,9 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
         warnings.warn(note, stacklevel=2)
     if recipe.base is not None:
         raise RecipeError("align: finetunes of one base lie alike already: leave out the field 'base', or 'align'")
+    check_alignment(recipe)
     settings = dict(recipe.align or {})
     path = settings.pop("data", None)
-    options = {"method": "mudsc", "weight": 0.5, "sites": "all", **settings}  # checked before any reading
-    check_options(options["method"], options["weight"], options["sites"], path is not None)
     batches = read_batches(path) if path is not None else None
     sources = {task: open_source(reference, task) for task, reference in recipe.finetunes.items()}
     check_holds_no_input(target, [(task, path) for task, source in sources.items() for path in source.paths])
@@ -74,6 +75,26 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
                 copy_side_files(side, folder / folders[task])
         plan.symmetries.save(folder / SYMMETRIES_NAME)
     return plan
+
+
+def check_alignment(recipe: Recipe) -> None:
+    """Raise where a recipe's finetunes cannot be aligned as its field `align` says, before any of them is read.
+
+    Raises:
+        OptionError: an option cannot be used, or SciPy is not installed.
+        CheckpointError: the data is no file.
+    """
+    options: dict[str, Any] = {"method": "mudsc", "weight": 0.5, "sites": "all", "seed": 0, **(recipe.align or {})}
+    path, seed = options.get("data"), options["seed"]
+    check_options(options["method"], options["weight"], options["sites"], path is not None)
+    if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**63:
+        raise OptionError(f"align: seed={short(seed)}: expected a whole number")
+    check_scipy()
+    if path is None:
+        return
+    if not isinstance(path, (str, Path)):
+        raise OptionError(f"align: data={short(path)}: expected a safetensors file")
+    require_file(Path(path), "align: data")
 
 
 def aligned_recipe(recipe: Recipe, folder: Path) -> Recipe:
@@ -101,16 +122,16 @@ def read_batches(path: str | Path) -> list[dict[str, Tensor]]:
     Raises:
         CheckpointError: the file cannot be read, or is empty, or its tensors have different numbers of rows.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    require_file(Path(path), "align: data")
     try:
         tensors = load_file(path)
-    except (OSError, TypeError, SafetensorError) as error:
+    except Exception as error:  # of the library, and of what it makes of a header that is damaged
         raise CheckpointError(f"align: data: cannot read {path}: {one_line(error)}") from None
     rows = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
     if len(set(rows.values())) != 1 or 0 in rows.values():
-        raise CheckpointError(f"align: data: {path} has {json.dumps(rows)} rows: expected the same number in all")
+        raise CheckpointError(f"align: data: {path} has {short(rows)} rows: expected the same number in all")
     parts = {name: tensor.split(BATCH) for name, tensor in tensors.items()}
     return [dict(zip(parts, batch)) for batch in zip(*parts.values())]
 
@@ -119,11 +140,12 @@ def _load(source: Source) -> PreTrainedModel:
     """The source's whole model, by transformers."""
     if source.model is not None:
         return source.model
+    build_skeleton(source, torch.float32)  # where that fails, it fails before any weights are in memory
     model_class = model_class_of(str(source.architecture))
     where = source.folder if source.revision is None or source.folder is not None else source.name
     try:
         loaded: Any = model_class.from_pretrained(where, revision=source.revision or "main", output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a model's constructor may raise anything
         raise CheckpointError(f"{source.label}: cannot load {source.name}: {one_line(error)}") from None
     model, info = loaded
     if info["missing_keys"]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, OptionError
+from ..errors import NonFiniteError, OptionError, short
 from .layout import Permutation, Symmetries
 from .similarity import combine, comparable, matched_similarity, weighed, weight_similarity
 
@@ -238,7 +238,7 @@ def _check(
     if not 0 <= weight <= 1:
         raise OptionError(f"weight is {weight}: expected a number from 0 to 1")
     if measure not in ("pearson", "inner"):
-        raise OptionError(f"measure is {measure!r}: expected 'pearson' or 'inner'")
+        raise OptionError(f"measure is {short(measure)}: expected 'pearson' or 'inner'")
     if measure == "inner" and activations is not None:
         raise OptionError("measure='inner' has another scale than activations: expected none")
     if activations is None:

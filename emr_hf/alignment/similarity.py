@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import ActivationError, MismatchError, OptionError
+from ..errors import ActivationError, MismatchError, OptionError, short
 from .layout import Layout, Segment, Site, Symmetries
 
 CHUNK = 1 << 22  # elements that are centred at a time: bounds the float64 copies
@@ -271,7 +271,7 @@ def activation_similarity(
         ancestors, or (2n, 2n), the units of both models along both axes, where `within`.
     """
     if sites not in ("all", "last"):
-        raise OptionError(f"sites is {sites!r}: expected 'all' or 'last'")
+        raise OptionError(f"sites is {short(sites)}: expected 'all' or 'last'")
     stream = iter(batches)
     first = next(stream, None)
     if first is None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SymmetryError, nearest, one_line
+from ..errors import SymmetryError, nearest, one_line, short
 from . import sums as _rules  # noqa: F401  registers all rules
 from .atoms import Atom, Factors, freeze, is_cut, resolved, segments
 from .layout import Axis, Group, Layout, Permutation, Site, Symmetries
@@ -132,7 +132,7 @@ def output_tensors(output: Any, fields: Sequence[str] | None = None) -> dict[str
     for field in fields:
         if field not in named:
             raise SymmetryError(
-                f"the model's output has no {field!r}.{nearest(field, named)} It has: {', '.join(named)}"
+                f"the model's output has no {short(field)}.{nearest(field, named)} It has: {', '.join(named)}"
             )
     found: dict[str, Tensor] = {}
     for field in fields:
@@ -414,7 +414,7 @@ class _Copy:
         self.tensors = stored_tensors(self.model)
         unknown = [name for name in found.tensors if name not in self.tensors]
         if unknown:
-            raise SymmetryError(f"the model has no tensor {unknown[0]!r}.{nearest(unknown[0], self.tensors)}")
+            raise SymmetryError(f"the model has no tensor {short(unknown[0])}.{nearest(unknown[0], self.tensors)}")
         self.values = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         self.expected = self._outputs()
 

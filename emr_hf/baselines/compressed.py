@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import bits
-from ..errors import OptionError, UnknownTaskError
+from ..errors import OptionError, UnknownTaskError, short
 from .vectors import StateDict, add, check_density, flat_vector, names_to_merge, split, top_magnitudes
 
 SCALES = ("tensor", "task")
@@ -172,7 +172,7 @@ def ternary(
     """
     check_density(density)
     if scale_per not in SCALES:
-        raise OptionError(f"scale_per={scale_per!r} is unknown: expected one of {', '.join(SCALES)}")
+        raise OptionError(f"scale_per={short(scale_per)} is unknown: expected one of {', '.join(SCALES)}")
     names = names_to_merge(base, finetunes)
     groups = [names] if scale_per == "task" else [[name] for name in names]
 

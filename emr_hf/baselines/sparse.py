@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import OptionError, short
 from .vectors import StateDict, add, check_density, flat_vector, names_to_merge, split
 
 TRIMS = ("global", "tensor")
@@ -44,7 +44,7 @@ def ties(
         OptionError: no finetune, a density out of range, an unknown `trim`, or PEFT is not installed.
     """
     if trim not in TRIMS:
-        raise OptionError(f"trim={trim!r} is unknown: expected one of {', '.join(TRIMS)}")
+        raise OptionError(f"trim={short(trim)} is unknown: expected one of {', '.join(TRIMS)}")
     merge = _peft_merge("ties", density, scale)
     names = names_to_merge(base, finetunes)
     if trim == "global":
