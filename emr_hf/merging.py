@@ -344,8 +344,9 @@ _scratch = _Scratch()
 def _inputs(plan: Plan, name: str) -> tuple[Tensor, list[Tensor | StoredVector]]:
     """A merged tensor's base and finetunes."""
     # Task vectors are differences from the base as it is stored: what they are added to again.
-    base = plan.base.read(name).to(plan.stored_dtype(name))
-    return base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
+    with _naming(plan, name):
+        base = plan.base.read(name).to(plan.stored_dtype(name))
+        return base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
 
 
 def _naming(plan: Plan, name: str) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import struct
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from .errors import CheckpointError, OptionError, RepoError, one_line
+from .errors import CheckpointError, OptionError, RepoError, TensorError, one_line
 from .storage import Storage, TensorInfo, open_adapter, open_folder, reserve
 
 FORMAT_VERSION = 3
@@ -354,6 +355,10 @@ class WeightsWriter:
     Args:
         folder, tensors, layout: as for [`create_weights`].
         files (*optional*): where the files are, if not in `folder` itself.
+
+    Attributes:
+        written: name -> elements written so far, by this process and by those that it has been told of. Pieces of a
+            tensor never overlap, so that a tensor is complete when all its elements are counted.
     """
 
     def __init__(
@@ -361,6 +366,8 @@ class WeightsWriter:
     ):
         self.folder = folder
         self._tensors = tensors
+        self.written = dict.fromkeys(tensors, 0)
+        self._counting = threading.Lock()
         self._files: list[int] = []
         places: dict[str, tuple[int, int]] = {}
         try:
@@ -382,18 +389,38 @@ class WeightsWriter:
         return self._tensors[name].dtype
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Write elements of a tensor, from its element `start` on; they are cast to its dtype."""
+        """Write elements of a tensor, from its element `start` on; they are cast to its dtype.
+
+        Raises:
+            TensorError: they reach beyond the tensor, where the next one is.
+        """
         file, offset = self._places[name]
-        dtype = self._tensors[name].dtype
+        dtype, numel = self._tensors[name].dtype, self._tensors[name].numel
+        if start < 0 or start + values.numel() > numel:
+            raise TensorError(f"{name} has {numel:,} elements, got {values.numel():,} to write from {start:,} on")
         flat = values.detach().to("cpu", dtype).contiguous().reshape(-1)
         content = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
         offset += start * dtype.itemsize
         while content:  # a system call writes 2 GB at most
             written = os.pwrite(file, content, offset)
             content, offset = content[written:], offset + written
+        self.count({name: values.numel()})
+
+    def count(self, written: Mapping[str, int]) -> None:
+        """Take into account that so many elements of some tensors have been written, perhaps by another process."""
+        with self._counting:
+            for name, numel in written.items():
+                self.written[name] += numel
 
     def close(self) -> None:
-        """Write everything to the disk, what other processes have filled in too."""
+        """Write everything to the disk, what other processes have filled in too.
+
+        Raises:
+            RepoError: a tensor has not been written in full.
+        """
+        for name, info in self._tensors.items():
+            if self.written[name] != info.numel:
+                raise RepoError(f"{name}: {self.written[name]:,} of its {info.numel:,} elements have been written")
         for file in self._files:
             os.fsync(file)
         self._close()
