@@ -432,8 +432,11 @@ def torch_threads(count: int) -> Iterator[None]:
 def check_shapes(base: Tensor, finetunes: Sequence[Tensor | StoredVector]) -> None:
     """Raise TensorError unless all finetunes are of the base's shape, OptionError where there are none."""
     _require_finetunes(finetunes)
+    require("base", base, base.numel(), *FLOATS)
     for given in finetunes:
         require_shape("finetune", (given.tau if isinstance(given, StoredVector) else given).shape, base.shape)
+        if not isinstance(given, StoredVector):
+            require("finetune", given, base.numel(), *FLOATS)
 
 
 def _require_finetunes(finetunes: Sequence[object]) -> None:

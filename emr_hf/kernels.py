@@ -219,8 +219,8 @@ def decode(codes: Tensor, scales: Tensor, bits: int, start: int, count: int, col
         raise TensorError(f"bits of a code: expected 2, 4 or 8, got {bits}")
     if min(start, count) < 0 or columns < 1 or start + count > columns * scales.numel():
         raise TensorError(
-            f"elements {start:,} to {start + count:,} in rows of {columns:,}: expected them to be in the "
-            f"{scales.numel():,} rows that there are scales for"
+            f"scales: expected those of elements {start:,} to {start + count:,} in rows of {columns:,}, "
+            f"got {scales.numel():,} scales"
         )
     out = torch.empty(count, dtype=torch.float32)
     _library.emr_decode(
