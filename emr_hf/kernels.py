@@ -47,6 +47,8 @@ def _setting() -> str:
 
 
 _library = _load()
+# The same functions called with Python's lock held: none of them is under way when another thread forks.
+_guards = None if _library is None else ctypes.PyDLL(_library._name, handle=_library._handle)
 _level = 0 if _setting() == "plain" else 1
 if _library is not None:
     _library.emr_elect_scratch.restype = ctypes.c_int64
@@ -58,6 +60,10 @@ if _library is not None:
     _library.emr_two_levels.restype = None
     _library.emr_compare.restype = None
     _library.emr_decode.restype = None
+if _guards is not None:
+    _guards.emr_watch.restype = ctypes.c_void_p
+    _guards.emr_hits.restype = ctypes.c_int64
+    _guards.emr_all_hits.restype = ctypes.c_int64
 
 
 def available() -> bool:
@@ -251,3 +257,42 @@ def _mask_addresses(masks: Sequence[Tensor], tasks: int, numel: int) -> ctypes.A
 def _kind(what: str, tensor: Tensor) -> int:
     require(what, tensor, tensor.numel(), *_KINDS)
     return _KINDS[tensor.dtype]
+
+
+# Guarded reads of mapped files, see csrc/guard.cpp; nothing is guarded where there is no compiled file
+
+
+def begin_guard() -> None:
+    """Let reads of watched tensors find zeros where their file has been cut short."""
+    if _guards is not None:
+        _guards.emr_guard_begin()
+
+
+def end_guard() -> None:
+    """Undo one [`begin_guard`]."""
+    if _guards is not None:
+        _guards.emr_guard_end()
+
+
+def watch(address: int, length: int) -> int | None:
+    """Watch bytes of memory until [`unwatch`], before which they must stay; `None` where nothing can be guarded."""
+    if _guards is None:
+        return None
+    return _guards.emr_watch(ctypes.c_size_t(address), ctypes.c_size_t(length))
+
+
+def unwatch(watched: int) -> None:
+    """Undo [`watch`]."""
+    assert _guards is not None
+    _guards.emr_unwatch(ctypes.c_void_p(watched))
+
+
+def hits(watched: int) -> int:
+    """How often a read of what [`watch`] watches has found zeros."""
+    assert _guards is not None
+    return int(_guards.emr_hits(ctypes.c_void_p(watched)))
+
+
+def all_hits() -> int:
+    """[`hits`] of everything that has ever been watched."""
+    return 0 if _guards is None else int(_guards.emr_all_hits())

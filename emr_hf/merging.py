@@ -31,6 +31,7 @@ from .errors import MismatchError, NonFiniteError, OptionError, naming, one_line
 from .fitting import TensorFit
 from .heads import auto_map, wrapper_name
 from .hub import carry_files, write_repo_files
+from .mapped_files import guarded_reads
 from .plan import Plan, dtype_name
 from .recipe import Recipe
 from .repo import (
@@ -216,7 +217,8 @@ def write_repo(
     """
     started = time.perf_counter()
     checkpoints = (plan.base, *plan.finetunes.values())
-    with writing(Path(out)), ExitStack() as stack:
+    storages = [checkpoint.source.storage for checkpoint in checkpoints]
+    with writing(Path(out)), guarded_reads(storages) as check_inputs, ExitStack() as stack:
 
         def begin() -> Path:
             folder = stack.enter_context(atomic_folder(Path(out), overwrite))
@@ -231,10 +233,12 @@ def write_repo(
             checkpoint.scratch = folder
         writer = team.each(lambda: shares.open_writer(plan, folder, team))
         report = fill(writer)
+        team.each(check_inputs)  # each process has mapped them by itself
         shares.take_over(writer, team)
 
         def finish() -> MergeReport:
             _finish(plan, writer, report, Path(out).name, started)
+            check_inputs()
             stack.close()  # the folder becomes `out`
             return report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,8 +49,9 @@ class EMRMergedModel(PreTrainedModel):
         config: see [`EMRConfig`].
         emr_task (*optional*): the task to load with, `config.default_task` by default.
         emr_memory (*optional*, defaults to `"resident"`): where base, unified vector and masks are: `"resident"` in
-            memory, or `"mapped"` from the repo's files, which must then stay: only the active weights are in memory of
-            the process, the rest is the system's page cache. What has to be cast on loading is in memory either way.
+            memory, or `"mapped"` from the repo's files, which must then stay as they are: only the active weights are
+            in memory of the process, the rest is the system's page cache. What has to be cast on loading is in memory
+            either way. A forward reads no file; a switch raises RepoError once a file has been changed.
         emr_device (*optional*): a device for base, unified vector and masks, such as `"cpu"` for a model on a GPU: a
             third of its memory, and each switch sends them over. The model's own by default.
 
@@ -169,13 +170,23 @@ class EMRMergedModel(PreTrainedModel):
         return {f"model.*{pattern}": kept for pattern, kept in super()._get_dtype_plan(dtype).items()}
 
     @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        model._switch.open_files(checkpoint_files or ())
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    @staticmethod
     def _finalize_model_loading(model: EMRMergedModel, load_config: Any, loading_info: Any) -> Any:
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         model.model.requires_grad_(False)  # what is rebuilt, or shared by all tasks, cannot be trained for one
-        if model._switch.mapped:
+        switch = model._switch
+        switch.watch()
+        with switch.reading():
+            _take_into_memory(model, {id(getattr(*site)) for site in switch.sites.values()} if switch.mapped else None)
+        if switch.mapped:
             model._mapped_from = Path(str(model.config.name_or_path)).resolve()
+            switch.watch()
         else:
-            _take_into_memory(model)
+            switch.files = ()
         model.set_task(model._initial_task)
         return loading_info
 
@@ -201,7 +212,8 @@ class EMRMergedModel(PreTrainedModel):
         self.set_task(self._active or self.config.default_task)
         with self._as_saved():
             # Names in memory are the names on disk: the bank's tensors have no other form.
-            super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
+            with self._switch.reading():
+                super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
             known = saved_tensors(str(self.config.name_or_path), getattr(self.config, "_commit_hash", None))
             write_repo_files(folder, self.config, folder.name, known)
         self._keep_tokenizers(folder)
@@ -266,6 +278,7 @@ class EMRMergedModel(PreTrainedModel):
         Raises:
             UnknownTaskError: with the nearest names.
             OffloadedError: part of the model is offloaded; nothing has been changed.
+            RepoError: a file that the model is mapped from is not what it was; load the model again.
         """
         self.config.entry(task)
         with self._lock:
@@ -353,7 +366,8 @@ class EMRMergedModel(PreTrainedModel):
             self.set_task(task)
             return
         self._half_switched = True
-        self._switch.become_base()
+        with self._switch.reading():
+            self._switch.become_base()
         self._active = self.config.default_task
 
     def _check_vectors(self) -> None:
@@ -374,10 +388,12 @@ class EMRMergedModel(PreTrainedModel):
                 f"{len(away)} tensors are offloaded ({away[0]}, ...) and cannot be switched: load the model without "
                 "offloading, or export the task (emr-hf export) and offload that"
             )
+        self._switch.check_files()
 
     def _activate(self, task: str) -> None:
         self._half_switched = True  # until the end: an interrupted switch is made good by the next
-        self._switch.become(task)
+        with self._switch.reading():
+            self._switch.become(task)
         self._active, self._half_switched = task, False
 
     def _replicate_for_data_parallel(self) -> EMRMergedModel:
@@ -390,7 +406,10 @@ class EMRMergedModel(PreTrainedModel):
         before = self.dtype
         if self._switch.ready is not None:
             self._switch.ready.clear()
-        super()._apply(fn, recurse)
+        with self._switch.reading():
+            super()._apply(fn, recurse)
+        if self._switch.files:
+            self._switch.watch()
         if self._active is not None and self.dtype != before:
             self._activate(self._active)
         return self
@@ -409,6 +428,7 @@ class EMRMergedModel(PreTrainedModel):
             unload(self.model)
         model = self.model.requires_grad_(True)
         self.emr = self._switch.bank = nn.Module()  # type: ignore[assignment]
+        self._switch.files = ()
         self._active = None
         return model
 
@@ -492,10 +512,17 @@ class EMRMergedModel(PreTrainedModel):
         return self.model.get_decoder(*args, **kwargs)
 
 
-def _take_into_memory(model: nn.Module) -> None:
-    """Copy what may be mapped from a file, so that nothing depends on it."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
+def _take_into_memory(model: EMRMergedModel, merged: Collection[int] | None) -> None:
+    """Copy what may be mapped from a file, so that nothing depends on it.
+
+    Args:
+        model: the model.
+        merged: ids of the parameters that switches write, where the bank stays mapped and with it the base in them:
+            then what no switch writes is copied, so that a forward reads no file.
+    """
+    part = model if merged is None else model.model
+    for tensor in (*part.parameters(), *part.buffers()):
+        if tensor.device.type == "cpu" and (merged is None or id(tensor) not in merged):
             tensor.data = tensor.data.clone()
 
 
@@ -518,7 +545,8 @@ def _restore_base(
         ours = [name for name in state_dict if name.startswith(f"{prefix}model.")]
         state_dict.update({name: state_dict[name].clone() for name in ours})
     if model._active is not None:
-        model._switch.restore_base()
+        with model._switch.reading():
+            model._switch.restore_base()
 
 
 def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:

@@ -10,7 +10,7 @@ import shutil
 import struct
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from transformers.utils import (
 )
 
 from .errors import CheckpointError, OptionError, RepoError, TensorError, one_line
+from .mapped_files import WatchedMemory
 from .storage import Storage, TensorInfo, open_adapter, open_folder, reserve
 
 FORMAT_VERSION = 3
@@ -160,6 +161,10 @@ class _PeftStorage:
         names = (name for name in storage.infos if name.startswith(_PEFT_PREFIX))
         self._stored = {f"emr.{name.removeprefix(_PEFT_PREFIX)}": name for name in names}
         self.infos = {name: storage.infos[stored] for name, stored in self._stored.items()}
+
+    @property
+    def files(self) -> Sequence[WatchedMemory]:
+        return self._storage.files
 
     def read(self, name: str) -> Tensor:
         return self._storage.read(self._stored[name])

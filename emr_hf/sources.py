@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from transformers.utils import (
 )
 
 from .errors import CheckpointError, one_line
+from .mapped_files import WatchedMemory
 from .storage import MODEL_WEIGHTS, ModelStorage, Storage, TensorInfo, open_adapter, open_folder
 
 if TYPE_CHECKING:  # a configuration is loaded without the code of models
@@ -81,6 +82,10 @@ class HubStorage:
         except HUB_ERRORS as error:
             raise CheckpointError(f"{self.label}: cannot download {self.repo_id}: {one_line(error)}") from None
         return open_folder(self.label, Path(folder))
+
+    @property
+    def files(self) -> Sequence[WatchedMemory]:
+        return self._local.files if "_local" in vars(self) else ()
 
     def read(self, name: str) -> Tensor:
         return self._local.read(name)
