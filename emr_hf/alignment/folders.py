@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..checkpoint import model_class_of
 from ..errors import CheckpointError, OptionError, RecipeError, one_line
+from ..mapped_files import guarded_reads
 from ..repo import atomic_folder, check_target, copy_side_files
 from ..sources import Source, open_source
+from ..storage import ModelStorage
 from .aligning import AlignmentPlan, align, check_options
 
 if TYPE_CHECKING:
@@ -53,14 +55,16 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
     sources = {task: open_source(reference, task) for task, reference in recipe.finetunes.items()}
     folders = folder_names(sources)
     models = {task: _load(source) for task, source in sources.items()}
-    plan = align(*models.values(), data=batches, private=recipe.private, **settings)
-    with atomic_folder(Path(out), overwrite, SYMMETRIES_NAME) as folder:
+    read = [source.storage for source in sources.values()] + [ModelStorage(task, models[task]) for task in models]
+    with guarded_reads(read) as check_inputs, atomic_folder(Path(out), overwrite, SYMMETRIES_NAME) as folder:
+        plan = align(*models.values(), data=batches, private=recipe.private, **settings)
         for number, (task, model) in enumerate(models.items()):
             aligned: Any = plan.apply(model, number)
             aligned.save_pretrained(folder / folders[task], max_shard_size=recipe.max_shard_size)
             if (side := sources[task].folder) is not None:
                 copy_side_files(side, folder / folders[task])
         plan.symmetries.save(folder / SYMMETRIES_NAME)
+        check_inputs()
     return plan
 
 
