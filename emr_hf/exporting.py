@@ -12,6 +12,7 @@ from .adapters.lora import LoraReport, check_rank, write_lora
 from .checkpoint import model_class_of
 from .errors import OptionError
 from .finished import FinishedRepo
+from .mapped_files import guarded_reads
 from .modeling import EMRMergedModel
 from .publication import Kind, atomic_folder, claim
 from .repo import copy_side_files, parse_size
@@ -61,7 +62,7 @@ def export(
     entry = finished.config.entry(task)
     if save_as != "ia3":
         finished.base  # noqa: B018 - found, or missed, before anything is written
-    with atomic_folder(target) as folder:
+    with atomic_folder(target) as folder, guarded_reads([finished.storage]) as check_repo:
         report = None
         if save_as == "model":
             plain_model(finished, task).save_pretrained(folder, max_shard_size=shard_bytes)
@@ -70,6 +71,7 @@ def export(
         else:
             _write_ia3(finished, task, folder)
         copy_side_files(finished.folder / (entry["tokenizer"] or ""), folder)
+        check_repo()
     return report
 
 

@@ -33,6 +33,7 @@ from .fitting import TensorFit
 from .format import mask_name, model_name, private_name, rescaler_name, scale_name, tau_name
 from .heads import auto_map, wrapper_name
 from .hub import MERGED_REPO, carry_files, write_repo_files
+from .mapped_files import guarded_reads
 from .opening import check_finite, open_merged
 from .plan import Plan, dtype_name
 from .publication import Target, atomic_folder, check_target, claim
@@ -207,7 +208,8 @@ def write_repo(
     """
     started = time.perf_counter()
     checkpoints = (plan.base, *plan.finetunes.values())
-    with writing(target.out), ExitStack() as stack:
+    storages = [checkpoint.source.storage for checkpoint in checkpoints]
+    with writing(target.out), guarded_reads(storages) as check_inputs, ExitStack() as stack:
 
         def begin() -> Path:
             folder = stack.enter_context(atomic_folder(target))
@@ -222,10 +224,12 @@ def write_repo(
             checkpoint.scratch = folder
         writer = team.each(lambda: shares.open_writer(plan, folder, team))
         report = fill(writer)
+        team.each(check_inputs)  # each process has mapped them by itself
         shares.take_over(writer, team)
 
         def finish() -> MergeReport:
             _finish(plan, writer, report, target.out.name, started)
+            check_inputs()
             open_merged(folder)  # a file that somebody removed meanwhile is missed before anything is published
             stack.close()  # the folder becomes the target
             return report
@@ -336,8 +340,9 @@ _scratch = _Scratch()
 def _inputs(plan: Plan, name: str) -> tuple[Tensor, list[Tensor | StoredVector]]:
     """A merged tensor's base and finetunes."""
     # Task vectors are differences from the base as it is stored: what they are added to again.
-    base = plan.base.read(name).to(plan.stored_dtype(name))
-    return base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
+    with _naming(plan, name):
+        base = plan.base.read(name).to(plan.stored_dtype(name))
+        return base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
 
 
 def _naming(plan: Plan, name: str) -> AbstractContextManager[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -59,8 +59,9 @@ class EMRMergedModel(PreTrainedModel):
         config: see [`EMRConfig`].
         emr_task (*optional*): the task to load with, `config.default_task` by default.
         emr_memory (*optional*, defaults to `"resident"`): where base, unified vector and masks are: `"resident"` in
-            memory, or `"mapped"` from the repo's files, which must then stay: only the active weights are in memory of
-            the process, the rest is the system's page cache. What has to be cast on loading is in memory either way.
+            memory, or `"mapped"` from the repo's files, which must then stay as they are: only the active weights are
+            in memory of the process, the rest is the system's page cache. What has to be cast on loading is in memory
+            either way. A forward reads no file; a switch raises RepoError once a file has been changed.
         emr_device (*optional*): a device for base, unified vector and masks, such as `"cpu"` for a model on a GPU: a
             third of its memory, and each switch sends them over. The model's own by default.
 
@@ -192,6 +193,7 @@ class EMRMergedModel(PreTrainedModel):
         expected_keys: list[str] | None = None,
     ) -> Any:
         if model._active is None and state_dict is None:  # else an adapter is put on top
+            model._switch.open_files(checkpoint_files or ())
             check_files(model, [Path(file) for file in checkpoint_files or []], _loading_since.get())
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
@@ -203,12 +205,17 @@ class EMRMergedModel(PreTrainedModel):
                 f"{model.config.name_or_path}: the tensor {min(loading_info.missing_keys)} is missing, which "
                 f"{model.config.base_architecture} needs"
             )
-        check_values(model)
         model.model.requires_grad_(False)  # what is rebuilt, or shared by all tasks, cannot be trained for one
-        if model._switch.mapped:
+        switch = model._switch
+        switch.watch()
+        with switch.reading():
+            check_values(model)
+            _take_into_memory(model, {id(getattr(*site)) for site in switch.sites.values()} if switch.mapped else None)
+        if switch.mapped:
             model._mapped_from = Path(str(model.config.name_or_path)).resolve()
+            switch.watch()
         else:
-            _take_into_memory(model)
+            switch.files = ()
         model.set_task(model._initial_task)
         return loading_info
 
@@ -239,7 +246,8 @@ class EMRMergedModel(PreTrainedModel):
         if not is_main or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, *args, **kwargs)
         with updated_folder(folder, MERGED_REPO, FOUND_BY, is_weights_file) as staging, self._as_saved():
-            super().save_pretrained(staging, *args, **kwargs)
+            with self._switch.reading():
+                super().save_pretrained(staging, *args, **kwargs)
             self._record(staging)
             known = saved_tensors(str(self.config.name_or_path), getattr(self.config, "_commit_hash", None))
             write_repo_files(staging, self.config, folder.name, known)
@@ -312,6 +320,7 @@ class EMRMergedModel(PreTrainedModel):
         Raises:
             UnknownTaskError: with the nearest names.
             OffloadedError: part of the model is offloaded; nothing has been changed.
+            RepoError: a file that the model is mapped from is not what it was; load the model again.
         """
         self.config.entry(task)
         with self._lock:
@@ -405,7 +414,8 @@ class EMRMergedModel(PreTrainedModel):
             self.set_task(task)
             return
         self._half_switched = True
-        self._switch.become_base()
+        with self._switch.reading():
+            self._switch.become_base()
         self._active = self.config.default_task
 
     def _check_vectors(self) -> None:
@@ -426,10 +436,12 @@ class EMRMergedModel(PreTrainedModel):
                 f"{len(away)} tensors are offloaded ({away[0]}, ...) and cannot be switched: load the model without "
                 "offloading, or export the task (emr-hf export) and offload that"
             )
+        self._switch.check_files()
 
     def _activate(self, task: str) -> None:
         self._half_switched = True  # until the end: an interrupted switch is made good by the next
-        self._switch.become(task)
+        with self._switch.reading():
+            self._switch.become(task)
         self._active, self._half_switched = task, False
 
     def _replicate_for_data_parallel(self) -> EMRMergedModel:
@@ -443,7 +455,10 @@ class EMRMergedModel(PreTrainedModel):
         if self._switch.ready is not None:
             self._switch.ready.clear()
         self._half_switched = self._active is not None  # until the end
-        super()._apply(fn, recurse)
+        with self._switch.reading():
+            super()._apply(fn, recurse)
+        if self._switch.files:
+            self._switch.watch()
         if self._active is not None and self.dtype != before:
             self._activate(self._active)
         else:
@@ -464,6 +479,7 @@ class EMRMergedModel(PreTrainedModel):
             unload(self.model)
         model = self.model.requires_grad_(True)
         self.emr = self._switch.bank = nn.Module()  # type: ignore[assignment]
+        self._switch.files = ()
         self._active = None
         return model
 
@@ -550,10 +566,17 @@ class EMRMergedModel(PreTrainedModel):
         return self.model.get_decoder(*args, **kwargs)
 
 
-def _take_into_memory(model: nn.Module) -> None:
-    """Copy what may be mapped from a file, so that nothing depends on it."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
+def _take_into_memory(model: EMRMergedModel, merged: Collection[int] | None) -> None:
+    """Copy what may be mapped from a file, so that nothing depends on it.
+
+    Args:
+        model: the model.
+        merged: ids of the parameters that switches write, where the bank stays mapped and with it the base in them:
+            then what no switch writes is copied, so that a forward reads no file.
+    """
+    part = model if merged is None else model.model
+    for tensor in (*part.parameters(), *part.buffers()):
+        if tensor.device.type == "cpu" and (merged is None or id(tensor) not in merged):
             tensor.data = tensor.data.clone()
 
 
@@ -577,7 +600,8 @@ def _restore_base(
         state_dict.update({name: state_dict[name].clone() for name in ours})
     if model._active is not None:
         model._half_switched = True  # until the task is rebuilt, which an error in between prevents
-        model._switch.restore_base()
+        with model._switch.reading():
+            model._switch.restore_base()
 
 
 def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .errors import CheckpointError, RepoError, one_line, short
 from .format import model_name, part_of, scale_name, tau_name, tensors_of
 from .json_file import read_json
 from .lowbit import BITS
+from .mapped_files import WatchedMemory
 from .repo import layout_of, open_repo
 from .schema import tensor_infos
 from .sources import HUB_ERRORS
@@ -186,6 +187,10 @@ class CheckedStorage:
         self.infos = storage.infos
         self._storage, self._place = storage, place
         self._merged = {model_name(name) for name in config.merged_parameters or []}
+
+    @property
+    def files(self) -> Sequence[WatchedMemory]:
+        return self._storage.files
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file where it has one."""

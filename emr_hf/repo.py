@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from .errors import CheckpointError, OptionError, RepoError, short
+from .errors import CheckpointError, OptionError, RepoError, TensorError, short
 from .format import MODEL_TYPE, PEFT_PREFIX, PEFT_TYPE, stored_name
 from .json_file import read_json
+from .mapped_files import WatchedMemory
 from .storage import Storage, TensorInfo, open_adapter, open_folder, reserve
 
 REPORT_NAME = "emr_report.json"
@@ -104,6 +106,10 @@ class _PeftStorage:
         names = (name for name in storage.infos if name.startswith(PEFT_PREFIX))
         self._stored = {f"emr.{name.removeprefix(PEFT_PREFIX)}": name for name in names}
         self.infos = {name: storage.infos[stored] for name, stored in self._stored.items()}
+
+    @property
+    def files(self) -> Sequence[WatchedMemory]:
+        return self._storage.files
 
     def read(self, name: str) -> Tensor:
         return self._storage.read(self._stored[name])
@@ -196,6 +202,10 @@ class WeightsWriter:
     Args:
         folder, tensors, layout: as for [`create_weights`].
         files (*optional*): where the files are, if not in `folder` itself.
+
+    Attributes:
+        written: name -> elements written so far, by this process and by those that it has been told of. Pieces of a
+            tensor never overlap, so that a tensor is complete when all its elements are counted.
     """
 
     def __init__(
@@ -203,6 +213,8 @@ class WeightsWriter:
     ):
         self.folder = folder
         self._tensors = tensors
+        self.written = dict.fromkeys(tensors, 0)
+        self._counting = threading.Lock()
         self._files: list[int] = []
         places: dict[str, tuple[int, int]] = {}
         try:
@@ -224,18 +236,38 @@ class WeightsWriter:
         return self._tensors[name].dtype
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Write elements of a tensor, from its element `start` on; they are cast to its dtype."""
+        """Write elements of a tensor, from its element `start` on; they are cast to its dtype.
+
+        Raises:
+            TensorError: they reach beyond the tensor, where the next one is.
+        """
         file, offset = self._places[name]
-        dtype = self._tensors[name].dtype
+        dtype, numel = self._tensors[name].dtype, self._tensors[name].numel
+        if start < 0 or start + values.numel() > numel:
+            raise TensorError(f"{name} has {numel:,} elements, got {values.numel():,} to write from {start:,} on")
         flat = values.detach().to("cpu", dtype).contiguous().reshape(-1)
         content = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
         offset += start * dtype.itemsize
         while content:  # a system call writes 2 GB at most
             written = os.pwrite(file, content, offset)
             content, offset = content[written:], offset + written
+        self.count({name: values.numel()})
+
+    def count(self, written: Mapping[str, int]) -> None:
+        """Take into account that so many elements of some tensors have been written, perhaps by another process."""
+        with self._counting:
+            for name, numel in written.items():
+                self.written[name] += numel
 
     def close(self) -> None:
-        """Write everything to the disk, what other processes have filled in too."""
+        """Write everything to the disk, what other processes have filled in too.
+
+        Raises:
+            RepoError: a tensor has not been written in full.
+        """
+        for name, info in self._tensors.items():
+            if self.written[name] != info.numel:
+                raise RepoError(f"{name}: {self.written[name]:,} of its {info.numel:,} elements have been written")
         for file in self._files:
             os.fsync(file)
         self._close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from transformers.utils import (
 
 from .errors import CheckpointError, EMRError, one_line, short
 from .json_file import read_json
+from .mapped_files import WatchedMemory
 from .storage import MODEL_WEIGHTS, ModelStorage, Storage, TensorInfo, open_adapter, open_folder
 
 if TYPE_CHECKING:  # a configuration is loaded without the code of models
@@ -80,6 +81,10 @@ class HubStorage:
         except HUB_ERRORS as error:
             raise CheckpointError(f"{self.label}: cannot download {self.repo_id}: {one_line(error)}") from None
         return open_folder(self.label, Path(folder))
+
+    @property
+    def files(self) -> Sequence[WatchedMemory]:
+        return self._local.files if "_local" in vars(self) else ()
 
     def read(self, name: str) -> Tensor:
         return self._local.read(name)

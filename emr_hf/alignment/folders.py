@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..checkpoint import build_skeleton, model_class_of
 from ..errors import CheckpointError, OptionError, RecipeError, one_line, short
+from ..mapped_files import guarded_reads
 from ..publication import Kind, atomic_folder, check_holds_no_input, claim
 from ..regular_file import require_file
 from ..repo import copy_side_files, is_written_by_us
 from ..sources import Source, open_source
+from ..storage import ModelStorage
 from .aligning import AlignmentPlan, align, check_options
 from .matching import check_scipy
 
@@ -66,14 +68,16 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
     check_holds_no_input(target, [(task, path) for task, source in sources.items() for path in source.paths])
     folders = folder_names(sources)
     models = {task: _load(source) for task, source in sources.items()}
-    plan = align(*models.values(), data=batches, private=recipe.private, **settings)
-    with atomic_folder(target) as folder:
+    read = [source.storage for source in sources.values()] + [ModelStorage(task, models[task]) for task in models]
+    with guarded_reads(read) as check_inputs, atomic_folder(target) as folder:
+        plan = align(*models.values(), data=batches, private=recipe.private, **settings)
         for number, (task, model) in enumerate(models.items()):
             aligned: Any = plan.apply(model, number)
             aligned.save_pretrained(folder / folders[task], max_shard_size=recipe.max_shard_size)
             if (side := sources[task].folder) is not None:
                 copy_side_files(side, folder / folders[task])
         plan.symmetries.save(folder / SYMMETRIES_NAME)
+        check_inputs()
     return plan
 
 
