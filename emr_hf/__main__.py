@@ -3,6 +3,8 @@
 import sys
 
 from .cli import main
+from .distributed import end_with_launcher
 
 if __name__ == "__main__":
+    end_with_launcher()
     sys.exit(main())

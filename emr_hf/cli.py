@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__
-from .distributed import is_main_process, launch, launched_size
+from .distributed import PARTNER_TIMEOUT, is_main_process, launch, launched_size
 from .errors import EMRError, OptionError, one_line
 
 
@@ -133,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="to work with in each process (default: as many as torch has)")
     sub.add_argument("--num-processes", type=int, help="to share the work out among (default: the launcher's, or one)")
     sub.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: %(default)s)")
+    sub.add_argument(
+        "--partner-timeout",
+        type=float,
+        default=PARTNER_TIMEOUT,
+        metavar="SECONDS",
+        help="end when a process is stopped, hung or out of reach for so long; busy it may be (default: %(default)g)",
+    )
     sub = verb("align", _align, "write a recipe's models with their units in the first one's order", "recipe", "out")
     sub.add_argument("--overwrite", action="store_true", help="replace what an earlier alignment wrote")
     sub = verb(
@@ -251,6 +258,7 @@ def _merge(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         threads=options.threads,
         device=options.device,
+        partner_timeout=options.partner_timeout,
         tell=lambda plan: print(plan, file=sys.stderr),
     )
     if is_main_process():

@@ -26,7 +26,7 @@ from .bits import StoredVector
 from .checking import check
 from .configuration import EMRConfig, task_entry
 from .disk import writing
-from .distributed import ALONE, Team
+from .distributed import ALONE, PARTNER_TIMEOUT, Team
 from .election import TAU_DTYPES, Partial, Sums, TensorElection, TensorSums, torch_threads
 from .errors import MismatchError, NonFiniteError, OptionError, naming, one_line
 from .fitting import TensorFit
@@ -65,6 +65,7 @@ def merge(
     progress: bool | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    partner_timeout: float = PARTNER_TIMEOUT,
 ) -> MergeReport:
     """Merge finetunes of one base into a repo (EMR-Merging, arXiv 2405.17461).
 
@@ -91,6 +92,8 @@ def merge(
             the bit.
         device (*optional*, defaults to `"cpu"`): where to compute, such as `"cuda"`: with several processes, that of
             each. The result is the same.
+        partner_timeout (*optional*, defaults to 300): seconds after which the other processes give up one that shows
+            no life: stopped, hung with its machine or out of reach. One that works, however long, shows life.
 
     Returns:
         the report that is also saved in the repo.
@@ -100,7 +103,14 @@ def merge(
     """
     recipe = Recipe(base, finetunes, rescale, tau_dtype, default_task, private, max_shard_size, method=method)
     return merge_recipe(
-        recipe, out, save_as=save_as, overwrite=overwrite, progress=progress, threads=threads, device=device
+        recipe,
+        out,
+        save_as=save_as,
+        overwrite=overwrite,
+        progress=progress,
+        threads=threads,
+        device=device,
+        partner_timeout=partner_timeout,
     )
 
 
@@ -113,6 +123,7 @@ def merge_recipe(
     progress: bool | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    partner_timeout: float = PARTNER_TIMEOUT,
     tell: Callable[[Plan], object] | None = None,
 ) -> MergeReport:
     """[`merge`], for a [`Recipe`]. `tell` is given the plan before a tensor is read, in the main process."""
@@ -121,7 +132,7 @@ def merge_recipe(
         working_device(threads, device)  # before any reading
         return check(recipe, out, overwrite, save_as)
 
-    with distributed.team(device) as team, ExitStack() as stack:
+    with distributed.team(device, partner_timeout) as team, ExitStack() as stack:
         notes = team.lead(lambda: claim(out, MERGED_REPO, overwrite).notes)
         plan = team.each(prepare)
         if recipe.align is not None:
@@ -231,10 +242,11 @@ def write_repo(
             _finish(plan, writer, report, target.out.name, started)
             check_inputs()
             open_merged(folder)  # a file that somebody removed meanwhile is missed before anything is published
-            stack.close()  # the folder becomes the target
             return report
 
-        return team.lead(finish)
+        report = team.lead(finish)
+        team.conclude(stack.close)  # the folder becomes `out`
+        return report
 
 
 def _finish(plan: Plan, writer: WeightsWriter, report: MergeReport, name: str, started: float) -> None:
@@ -269,10 +281,14 @@ def elect(
     disable = not team.is_main or (None if progress is None else not progress)
     stop = writer.folder / "stop"  # where one process has failed, the others need not go on
 
+    def goes_on() -> bool:
+        team.check()
+        return not stop.exists()
+
     def one_pass(jobs_of: JobsOf) -> dict[str, TensorSums]:
         def share() -> dict[str, TensorSums]:
             try:
-                jobs = (job for name in names if not stop.exists() for job in jobs_of(name))
+                jobs = (job for name in names if goes_on() for job in jobs_of(name))
                 return _summed(run_all(jobs, count), bar)
             except Exception:
                 with suppress(OSError):
