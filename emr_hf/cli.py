@@ -13,6 +13,7 @@ from pathlib import Path
 from . import __version__
 from .distributed import is_main_process, launch, launched_size
 from .errors import EMRError, OptionError
+from .quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         status = _launch(options)
         if status is not None:
             return status
-        _quiet_transformers()
+        quiet_libraries()
         options.run(options)
     except EMRError as error:
         _complain(str(error))
@@ -62,13 +63,6 @@ def _launch(options: argparse.Namespace) -> int | None:
 def _complain(message: str) -> None:
     if is_main_process():
         print(f"emr-hf: {message}", file=sys.stderr)
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _parser() -> argparse.ArgumentParser:
