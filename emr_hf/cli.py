@@ -15,6 +15,7 @@ from pathlib import Path
 from . import __version__
 from .distributed import PARTNER_TIMEOUT, is_main_process, launch, launched_size
 from .errors import EMRError, OptionError, one_line
+from .quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         status = _launch(options)
         if status is None:
-            _quiet_transformers()
+            quiet_libraries()
             options.run(options)
             print(end="", flush=True)  # what is not yet written out may still fail
         return status or 0
@@ -96,13 +97,6 @@ def _complain(message: str, everywhere: bool = False) -> None:
     if everywhere or is_main_process():
         with suppress(OSError):
             print(f"emr-hf: {message}", file=sys.stderr)
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,10 +9,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import emr_hf
 from emr_hf import cli
+from emr_hf.quiet import quiet_bitsandbytes
 from tests import tiny
+
+# An example may take as long as it takes: the machine may be slow, or full of other work.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+quiet_bitsandbytes()
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,7 @@ def test_a_level_that_the_base_cannot_hold_is_an_error(values):
 @pytest.mark.skipif(not kernels.available(), reason="the compiled loops were not built (no C++ compiler)")
 @pytest.mark.parametrize("level", [0, 1])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_compiled_loops_give_the_bits_of_the_definition(level, data):
     tasks, numel = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 41))
     edge = st.sampled_from([0.0, -0.0, 1e-45, 1e-20, -1e-20, 1e-4, -1e-4, 0.5, 1.0, -1.0, 3e4, -3e4])
@@ -160,7 +160,7 @@ def test_more_tasks_than_the_compiled_loops_take_are_left_to_torch():
     lengths=st.lists(st.sampled_from([0.0, 0.01, 1.0, 1.0, 30.0]), min_size=5, max_size=5),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_fit_is_never_further_off_than_emr(tasks, numel, lengths, seed):
     """Whatever N and however long the task vectors: the squares left of all tasks together."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import emr_hf
 from emr_hf import merging, publication, repo
 from emr_hf.storage import TensorInfo
-from tests import tiny
+from tests import HANGS, tiny
 from tests.test_sources import assert_same_bits, stored_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -35,7 +35,7 @@ INFOS = st.dictionaries(
 # Files
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(infos=INFOS, size=st.sampled_from([1, 40, 200, "1KB", "5GB"]), seed=st.integers(0, 99))
 def test_what_is_written_is_what_safetensors_reads(tmp_path_factory, infos, size, seed):
     folder = tmp_path_factory.mktemp("files")
@@ -242,7 +242,7 @@ def test_a_merge_killed_at_any_point_leaves_the_old_state_or_the_new(bert_inputs
     for point in POINTS:
         shutil.copytree(bert_repo, tmp_path / f"old-{point}")
     arguments = [str(path) for path in (bert_inputs.base, bert_inputs.finetunes["items"], tmp_path)]
-    subprocess.run([sys.executable, "-c", KILLED, *arguments], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", KILLED, *arguments], check=True, timeout=HANGS)
     unfinished = POINTS[:-1]
     expected = {f"new-{point}": "nothing" for point in unfinished} | {f"old-{point}": "old" for point in unfinished}
     assert {name: state_of(tmp_path / name) for name in expected} == expected

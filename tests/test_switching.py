@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 import emr_hf
 from emr_hf import bits, switching
 from emr_hf.errors import OptionError, UnknownTaskError
+from tests import HANGS
 
 TASKS = ["glue/sst2", "mnli.v1", "items"]
 
@@ -168,13 +169,13 @@ def test_a_prefetched_task_is_there(model, expected, monkeypatch):
 
     def slow(*args, **kwargs):
         started.set()
-        assert go.wait(10)
+        assert go.wait(HANGS)
         return rebuild(*args, **kwargs)
 
     model.keep_ready(2)
     monkeypatch.setattr(bits, "rebuild", slow)
     model.prefetch(TASKS[2])
-    assert started.wait(10)
+    assert started.wait(HANGS)
     assert_task(model, TASKS[0], expected)  # while the other is in the making
     go.set()
     assert_task(model.set_task(TASKS[2]), TASKS[2], expected)
