@@ -96,6 +96,7 @@ def hostile_vectors(folder: Path, random: Random) -> Damage:
     """Settings of (IA)³ layers that would hang or ask for memory."""
     file, under = _config(folder)
     document = json.loads(file.read_text())
+    known = at(document, under)["vectors"] or {"peft_type": "IA3"}
     label, value = random.choice(
         [
             ("a LoRA of rank 10^9", {"peft_type": "LORA", "target_modules": ["query"], "r": 10**9}),
@@ -104,20 +105,13 @@ def hostile_vectors(folder: Path, random: Random) -> Damage:
             ("all modules", {"peft_type": "IA3", "target_modules": "all-linear"}),
             ("10^5 modules", {"peft_type": "IA3", "target_modules": [f"m{i}" for i in range(100_000)]}),
             *[("a hostile pattern", {"peft_type": "IA3", "target_modules": p}) for p in HOSTILE_PATTERNS],
-            *[
-                ("a hostile pattern", _changed(at(document, under)["vectors"], target_modules=p))
-                for p in HOSTILE_PATTERNS
-            ],
+            *[("a hostile pattern", {**known, "target_modules": p}) for p in HOSTILE_PATTERNS],
         ]
     )
     at(document, under)["vectors"] = value
     write_json(file, document)
     shown = f"{label}: {json.dumps(value)[:80]}"
     return Damage(f"{file.name}: vectors = {shown}", (file.name, "vectors", "target_modules"))
-
-
-def _changed(settings: Any, **changes: Any) -> dict[str, Any]:
-    return {**(settings if isinstance(settings, dict) else {"peft_type": "IA3"}), **changes}
 
 
 def hostile_recipe_record(folder: Path, random: Random) -> Damage:

@@ -30,14 +30,16 @@ _GROWTH_OF_FILES = 1 << 30
 class Limits:
     """What a step of a child may take.
 
+    Wall time alone would find hangs where the machine is only busy with something else.
+
     Args:
-        wall: seconds after which it hangs: generous, as others may use the machine.
-        cpu: seconds of the processor after which it hangs.
+        cpu: seconds of the processor.
+        idle: seconds asleep, without any of the processor.
         memory: bytes of address space beyond those of the parent.
     """
 
-    wall: float = 60.0
     cpu: int = 20
+    idle: float = 20.0
     memory: int = 4 << 30
 
 
@@ -80,14 +82,14 @@ def _one_child(names: Sequence[str], work: Work, limits: Limits, log: Path) -> t
         _be_child(names, work, limits, log, writer)
     os.close(writer)
     try:
-        replies, hangs = _replies(reader, len(names), limits.wall)
+        replies, hangs = _replies(reader, child, len(names), limits.idle)
     finally:
         os.close(reader)
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # it has said all it has to, or never will
         _, status = os.waitpid(child, 0)
     if hangs:
-        return replies, {"outcome": "hang", "text": f"no end after {limits.wall:.0f} s"}
+        return replies, {"outcome": "hang", "text": f"waits for {limits.idle:.0f} s"}
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number == signal.SIGXCPU:
         return replies, {"outcome": "hang", "text": f"busy for {limits.cpu} s"}
@@ -97,20 +99,29 @@ def _one_child(names: Sequence[str], work: Work, limits: Limits, log: Path) -> t
     return replies, {"outcome": "signal", "text": text}
 
 
-def _replies(reader: int, count: int, wall: float) -> tuple[list[dict], bool]:
-    """The lines of a child as they come, and whether it took too long for one."""
+def _replies(reader: int, child: int, count: int, idle: float) -> tuple[list[dict], bool]:
+    """The lines of a child as they come, and whether it sleeps for too long over one."""
     replies: list[dict] = []
-    text, until = b"", time.monotonic() + wall
+    text, since, used = b"", time.monotonic(), -1
     while len(replies) < count:
-        if not select.select([reader], [], [], max(0.0, until - time.monotonic()))[0]:
+        if select.select([reader], [], [], 0.5)[0]:
+            part = os.read(reader, 1 << 16)
+            if not part:
+                return replies, False
+            *lines, text = (text + part).split(b"\n")
+            replies += [json.loads(line) for line in lines]
+        state, now = _activity(child)
+        if state not in "SD" or now != used:
+            since, used = time.monotonic(), now
+        elif time.monotonic() - since > idle:
             return replies, True
-        part = os.read(reader, 1 << 16)
-        if not part:
-            return replies, False
-        *lines, text = (text + part).split(b"\n")
-        replies += [json.loads(line) for line in lines]
-        until = time.monotonic() + wall if lines else until
     return replies, False
+
+
+def _activity(process: int) -> tuple[str, int]:
+    """State of a process' main thread, and what all its threads have had of the processor."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[11]) + int(fields[12])
 
 
 def _be_child(names: Sequence[str], work: Work, limits: Limits, log: Path, writer: int) -> None:

@@ -6,14 +6,14 @@
 Each case is one damage to a copy of a tiny sound thing, read by every verb for its kind in a child process with limits
 of memory and time. Outcomes:
 
-* right: the verb did what it does with the sound thing, to the bit; or another sound result where nothing tells it from
-  the intended one, as with a label of another name;
+* right: the verb did what it does with the sound thing, to the bit; or something else that is sound, where nothing
+  tells it from what was meant, as with a label of another name;
 * told: an error of this package's, of one line, that names the file, the field or the tensor;
 * vague: an error of this package's that does not;
 * wrong: success with other weights, with numbers that are not finite, or with files written or read where they may not
   be; or an error that leaves half of a repo;
 * raw: another exception, or a command line with a traceback or an exit status other than 0, 1 and 2;
-* signal, hang: the process died, or had no end within `--wall` seconds.
+* signal, hang: the process died, or had no end: it was busy, or waited, for too long.
 
 A case depends on seed, kind and number alone: `--only repo-17` does it again and keeps its folder. With `--journal` an
 interrupted run goes on where it was. Changes of weights that leave finite numbers are no damage here: headers do not
@@ -60,7 +60,7 @@ FAMILIES: Mapping[str, Sequence[catalog.Family]] = {
 }
 SHARES = {"repo": 0.5, "recipe": 0.15, "adapter": 0.15, "input": 0.2}
 _SOUND = Damage("nothing", ())
-_LOADING = ("load", "mapped", "auto")
+_LOADING = ("load", "mapped", "auto", "peft")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Workshop:
             (self.folder / "specimens").write_bytes(pickle.dumps(build(self.folder / "sound")))
             return {}
 
-        found = run_steps(["build"], work, Limits(600.0, 600, 8 << 30), self.log)["build"]
+        found = run_steps(["build"], work, Limits(cpu=300), self.log)["build"]
         if found:
             raise RuntimeError(f"the specimens cannot be built: {found}: {self.log.read_text()[-2000:]}")
         self.specimens = pickle.loads((self.folder / "specimens").read_bytes())
@@ -324,7 +324,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kind", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--reader", nargs="+", help="only these verbs")
     parser.add_argument("--only", metavar="KIND-NUMBER", help="one case, whose folder is kept")
-    parser.add_argument("--wall", type=float, default=60.0, help="seconds that a verb may take")
     parser.add_argument("--journal", type=Path, help="file of the readings, with which a run goes on")
     parser.add_argument("--out", type=Path, help="file for the table and the list of what went wrong")
     options = parser.parse_args(arguments)
@@ -340,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _only(folder: Path, options: argparse.Namespace) -> int:
     kind, _, number = options.only.rpartition("-")
-    workshop = prepared(folder, Limits(options.wall))
+    workshop = prepared(folder, Limits())
     readings = run(workshop, [(kind, int(number))], options.seed, options.reader)
     print(f"{options.only}: {readings[0].specimen}: {readings[0].damage}\n{folder / 'case'}")
     for reading in readings:
@@ -352,7 +351,7 @@ def _all(folder: Path, options: argparse.Namespace) -> int:
     known = _journal(options.journal)
     done = {reading.case for reading in known}
     cases = [case for case in numbers_of(options.cases, options.kind) if "{}-{}".format(*case) not in done]
-    workshop = prepared(folder, Limits(options.wall))
+    workshop = prepared(folder, Limits())
 
     def tell(reading: Reading) -> None:
         if options.journal is not None:

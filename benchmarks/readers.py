@@ -126,7 +126,8 @@ def _peft(job: Job) -> Result:
     base = getattr(transformers, job.specimen.auto_class).from_pretrained(job.specimen.base)
     model = peft.PeftModel.from_pretrained(base, job.where)
     found = _tasks_of(model.base_model.model, model.base_model.model, job.specimen.tasks)
-    return {name: value for name, value in found.items() if ".emr_bank." not in name}
+    own = {name: value for name, value in found.items() if ".emr_bank." not in name}
+    return {name.replace(".ia3_l.default", ".ia3_l.unified"): value for name, value in own.items()}
 
 
 def _save(job: Job) -> None:
@@ -334,8 +335,6 @@ VERBS: Mapping[str, Callable[[Specimen], dict[str, Verb]]] = {
 }
 
 
-def reference_of(specimen: Specimen) -> Result | None:
+def reference_of(specimen: Specimen) -> Result:
     """What [`weights_of`] says of a repo, which no code of the package has read."""
-    if specimen.layout == "peft":
-        return None
-    return digests(weights_of(specimen.folder))
+    return digests(weights_of(specimen.folder, specimen.base if specimen.layout == "peft" else None))
