@@ -124,6 +124,53 @@ def _activity(process: int) -> tuple[str, int]:
     return fields[0], int(fields[11]) + int(fields[12])
 
 
+def kill_child(work: Callable[[], object], log: Path, after: float | None = None, longest: float = 300.0) -> bool:
+    """Do work in a child that is killed, or kills itself.
+
+    Args:
+        after: seconds after which it is killed; by default it sees to that.
+        longest: seconds after which it has to have ended.
+
+    Returns:
+        whether it was killed, and had not come to its end before.
+
+    Raises:
+        RuntimeError: it was not, and has failed or hangs.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    child = os.fork()
+    if child == 0:
+        _be_killed(work, log)
+    started = time.monotonic()
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        waited = time.monotonic() - started
+        if waited > (longest if after is None else after):
+            os.kill(child, signal.SIGKILL)
+            ended = os.waitpid(child, 0)
+            if after is None:
+                raise RuntimeError(f"no end after {longest:.0f} s")
+            break
+        time.sleep(0.001)
+    status = os.waitstatus_to_exitcode(ended[1])
+    if status not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"status {status}: {log.read_text()[-1000:]}")
+    return status != 0
+
+
+def _be_killed(work: Callable[[], object], log: Path) -> None:
+    status = 1
+    try:
+        _redirect(log)
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _be_child(names: Sequence[str], work: Work, limits: Limits, log: Path, writer: int) -> None:
     status = 1
     try:

@@ -81,7 +81,8 @@ class Models:
     auto_class: str
 
 
-def _full(architecture: tiny.Tiny, folder: Path, tasks: tuple[str, ...], **options: Any) -> Models:
+def full_models(architecture: tiny.Tiny, folder: Path, tasks: tuple[str, ...], **options: Any) -> Models:
+    """Write a base and full finetunes of it."""
     inputs = tiny.write_inputs(architecture, folder, (*tasks, "new"), **options)
     finetunes = {task: inputs.finetunes[task] for task in tasks}
     if architecture is tiny.BERT:
@@ -121,15 +122,15 @@ def _as_bin(models: Models, folder: Path) -> Models:
 
 def models_of(folder: Path) -> dict[str, Models]:
     """Write all bases, finetunes and adapters."""
-    bert = _full(tiny.BERT, folder / "bert", ("glue/sst2", "mnli.v1"))
+    bert = full_models(tiny.BERT, folder / "bert", ("glue/sst2", "mnli.v1"))
     lora = {"target_modules": ["query", "value"], "r": 3, "lora_alpha": 5}
     rslora = {"target_modules": ["query", "output.dense"], "r": 5, "use_rslora": True, "bias": "lora_only"}
     ia3 = {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]}
     return {
         "bert": bert,
-        "llama": _full(tiny.LLAMA, folder / "llama", ("a", "b")),
-        "resnet": _full(tiny.RESNET, folder / "resnet", ("a", "b")),
-        "sharded": _full(tiny.BERT, folder / "sharded", ("a", "b"), max_shard_size="60KB"),
+        "llama": full_models(tiny.LLAMA, folder / "llama", ("a", "b")),
+        "resnet": full_models(tiny.RESNET, folder / "resnet", ("a", "b")),
+        "sharded": full_models(tiny.BERT, folder / "sharded", ("a", "b"), max_shard_size="60KB"),
         "bin": _as_bin(bert, folder / "bin"),
         "lora": _adapted("LORA", folder / "lora", lora, rslora),
         "ia3": _adapted("IA3", folder / "ia3", ia3, {"target_modules": ["query", "value"], "feedforward_modules": []}),
