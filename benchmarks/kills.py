@@ -6,8 +6,8 @@ A child does a verb onto a target that is empty, or that holds what an earlier r
 every other time at a step on the disk (the opening, renaming, syncing or removing of a file), one of all that the verb
 takes or of the last fifth of them, where the target appears; else after a random time. Then the target has to be as it
 was, or complete, and right to the bit; beside it there may be leftovers with names of their own and nothing else; and
-the same verb once more has to succeed and to leave none of them. `save_pretrained` into a folder that holds a model promises less: what is there afterwards loads
-as the old or as the new one, or not at all, with an error of this package's.
+the same verb once more has to succeed and to leave none of them. `save_pretrained` promises less: what is there
+afterwards loads as the old or as the new model, or not at all, with an error of this package's.
 """
 
 from __future__ import annotations

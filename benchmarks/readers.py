@@ -104,11 +104,17 @@ def command(*arguments: object) -> str:
 # Merged repos
 
 
+_COMPUTED = ("position_ids", "token_type_ids", "inv_freq", "original_inv_freq")
+"""Buffers that no file holds."""
+
+
 def _tasks_of(model: Any, wrapped: nn.Module, tasks: tuple[str, ...]) -> Result:
     found: Result = {}
     for task in tasks:
         model.set_task(task)
-        found |= digests({task: wrapped.state_dict()})
+        # Not the state dict: for PEFT that is the base's, whatever the task.
+        tensors = {**dict(wrapped.named_buffers()), **dict(wrapped.named_parameters(remove_duplicate=False))}
+        found |= digests({task: {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in _COMPUTED}})
     return found
 
 
