@@ -1,7 +1,7 @@
 """Forked children under limits: work that may crash, hang or eat memory, and what became of it.
 
-A child has what its parent has imported, so it starts in milliseconds. The parent must be without threads, or a lock
-that another thread holds would be held in the child for ever: import, do not compute.
+A child has what its parent has imported, so it starts in milliseconds. A lock that another thread of the parent holds
+would be held in the child for ever: a parent imports and does not compute.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1"
 
 from children import Limits, kill_child, one_thread, run_steps  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from specimens import digests, full_models, quiet, weights_of  # noqa: E402
+from specimens import digests, full_models, warm, weights_of  # noqa: E402
 from transformers import AutoModelForSequenceClassification  # noqa: E402
 
 import emr_hf  # noqa: E402
@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the table and the problems")
     options = parser.parse_args(arguments)
     one_thread()
-    quiet()
+    warm()
     folder = Path(tempfile.mkdtemp(prefix="emr-hf-kills-"))
     theatre = Theatre(folder)
     if options.only:

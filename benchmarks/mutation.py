@@ -45,7 +45,7 @@ from children import Limits, one_thread, run_steps  # noqa: E402
 from damage import ALL, OUTSIDE, SECRET, Damage, DoesNotApply, write_outside  # noqa: E402
 from damaged_files import MARK  # noqa: E402
 from readers import VERBS, CommandError, Job, Refused, Result, Verb, reference_of  # noqa: E402
-from specimens import Specimen, build, quiet  # noqa: E402
+from specimens import Specimen, build, warm  # noqa: E402
 
 from emr_hf import EMRError  # noqa: E402
 from emr_hf.report import markdown_table  # noqa: E402
@@ -311,7 +311,7 @@ def run(
 def prepared(folder: Path, limits: Limits) -> Workshop:
     """A workshop in a new folder."""
     one_thread()
-    quiet()
+    warm()
     workshop = Workshop(folder, limits)
     workshop.build()
     return workshop

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import shutil
 import sys
@@ -20,6 +21,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertTokenizer, GenerationConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import emr_hf
 
@@ -274,7 +276,15 @@ def digests(weights: Weights) -> dict[str, str]:
     return {f"{task}: {name}": digest(tensor) for task, own in weights.items() for name, tensor in own.items()}
 
 
-def quiet() -> None:
-    """No warnings and bars of transformers and datasets."""
+def warm() -> None:
+    """Import what children will need, which each would otherwise do by itself; no warnings and bars."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    for module in ("datasets", "datasets.packaged_modules.csv.csv", "evaluate", "scipy.optimize", "scipy.linalg"):
+        importlib.import_module(module)
+    for name in emr_hf.__all__:
+        getattr(emr_hf, name)
+    for tiny_model in (tiny.BERT, tiny.LLAMA, tiny.RESNET):
+        get_checkpoint_conversion_mapping(tiny_model.config().model_type)
+        for name in (tiny_model.architecture, tiny_model.auto_class):
+            getattr(transformers, name)
