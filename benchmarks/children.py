@@ -38,9 +38,9 @@ class Limits:
         memory: bytes of address space beyond those of the parent.
     """
 
-    cpu: int = 20
+    cpu: int = 10
     idle: float = 20.0
-    memory: int = 4 << 30
+    memory: int = 2 << 30
 
 
 def one_thread() -> None:
