@@ -27,7 +27,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+if __name__ == "__main__":  # before torch is imported
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 from children import Limits, kill_child, one_thread, run_steps  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402

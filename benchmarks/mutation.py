@@ -37,7 +37,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+if __name__ == "__main__":  # before torch is imported
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import catalog  # noqa: E402
 import damaged_recipes  # noqa: E402
