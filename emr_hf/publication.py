@@ -88,6 +88,8 @@ def _legal(out: str | Path) -> Iterator[None]:
 
 
 def _checked(out: Path, kind: Kind, overwrite: bool) -> Target:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(out)  # unlike `exists` it says why a path cannot be
     _check_parent(out)
     place = out.resolve() if out.is_symlink() else out.absolute()
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):

@@ -64,7 +64,7 @@ class Staging:
 
 def _prefix(out: Path) -> str:
     """Beginning of the names of a target's staging folders."""
-    return f".{os.fsdecode(os.fsencode(out.name)[:_LONGEST_NAME])}.partial-"
+    return f".{os.fsencode(out.name)[:_LONGEST_NAME].decode(errors='ignore')}.partial-"
 
 
 def new_staging(out: Path) -> Staging:
