@@ -70,14 +70,14 @@ class EMRConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        place = f"{kwargs['name_or_path']}: " if kwargs.get("name_or_path") else ""
         try:
             check_configuration(config_dict)
             return super().from_dict(config_dict, **kwargs)
         except RepoError as error:
-            place = kwargs.get("name_or_path")
-            raise RepoError(f"{place}: {error}" if place else str(error)) from None
+            raise RepoError(f"{place}{error}") from None
         except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-            raise RepoError(f"transformers cannot use the configuration: {one_line(error)}") from error
+            raise RepoError(f"{place}transformers cannot use the configuration: {one_line(error)}") from error
 
     @classmethod
     def get_config_dict(
@@ -99,6 +99,7 @@ class EMRConfig(PreTrainedConfig):
         if self.recipe is not None:
             self.recipe = {name: self.recipe[name] for name in sorted(self.recipe, key=_recipe_order)}
         self.merged_parameters = self.merged_parameters or []
+        vars(self.base_config).pop("auto_map", None)  # code of others, which is not in this repo
         self.is_encoder_decoder = self.base_config.is_encoder_decoder
         if self.tasks:
             self.default_task = self.default_task or next(iter(self.tasks))

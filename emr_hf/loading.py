@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from .adapters.ia3 import inject_vectors
 from .checkpoint import model_class_of
@@ -14,7 +15,7 @@ from .configuration import EMRConfig
 from .digests import verify_downloaded
 from .errors import CheckpointError, RepoError, one_line
 from .format import model_name, part_of
-from .opening import check_finite, check_tensors
+from .opening import check_finite, check_tensors, read_settings
 from .storage import SafetensorsStorage
 
 
@@ -43,6 +44,8 @@ def check_files(model: Any, files: list[Path], since: float) -> None:
     place = str(model.config.name_or_path)
     if not files or any(file.suffix != ".safetensors" for file in files):
         raise RepoError(f"{place}: expected weights in .safetensors files")
+    if (files[0].parent / CONFIG_NAME).is_file():
+        read_settings(files[0].parent, "model")  # more strictly than transformers has read it
     try:
         infos = SafetensorsStorage(place, files).infos
     except CheckpointError as error:

@@ -518,7 +518,6 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
     base_config = type(plan.config).from_dict(plan.config.to_dict())
     base_config.dtype = plan.dtype
     base_config.name_or_path = ""  # it may be a path of this machine
-    vars(base_config).pop("auto_map", None)  # code of others, which is not in this repo
     wrapper = wrapper_name(plan.architecture)
     return EMRConfig(
         base_config=base_config,
