@@ -29,7 +29,7 @@ bench-fidelity: $(VENV)/installed
 	$(BIN)/python benchmarks/fidelity.py $(BENCH_ARGS)
 
 test: quality
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(PROCESSES)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(PROCESSES) --maxprocesses 8
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import os
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+# Torch's threads sleep while they wait for each other: on a busy machine spinning takes a hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
