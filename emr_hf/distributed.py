@@ -6,11 +6,14 @@ The processes are those of `accelerate launch`, `torchrun` or `mpirun`, of a pro
 
 from __future__ import annotations
 
+import ctypes
 import os
+import pickle
 import platform
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .errors import EMRError, OptionError, ProcessError, one_line
 from .heartbeats import Heartbeats
@@ -105,7 +108,7 @@ class Team:
     leaving: Leaving = field(default_factory=Leaving)
     machines: Sequence[str] = ("",)
     _written: str = "nothing was written"
-    _waiting: futures.Future[Any] = field(default_factory=futures.Future)
+    _busy: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -137,7 +140,9 @@ class Team:
             if time.monotonic() > deadline:
                 raise ProcessError(f"{_named(absent)} not come to it within {limit:g} s; {self._written}")
             time.sleep(0.01)
-        self.group = self._wait_for(lambda: distributed.new_group(backend="gloo", timeout=_PATIENCE))
+        self._busy = True
+        group = _in_thread(lambda: distributed.new_group(backend="gloo", timeout=_PATIENCE))
+        self.group = self._wait(group.done, group.result)
         self.machines = self.gather(_machine())
 
     def part(self) -> None:
@@ -145,10 +150,13 @@ class Team:
         from torch import distributed
 
         assert self.heartbeats is not None
-        waiting = self._waiting.running()
-        self.heartbeats.end(leaving=waiting)
-        if self.group is not None and not waiting:
-            distributed.destroy_process_group(self.group)  # else it would wait too: left to the thread that does
+        self.heartbeats.end(leaving=self._busy)
+        if self.group is None:
+            return
+        if self._busy:  # the end of a group waits for what it does, so this one is to outlive Python itself
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
+        else:
+            distributed.destroy_process_group(self.group)
 
     def check(self, part: float = 1.0) -> None:
         """Raise ProcessError if a process has shown no life for a part of the time that it has, or has given up."""
@@ -166,25 +174,33 @@ class Team:
         if left:
             raise ProcessError(f"{_named(left)} left it; {self._written}")
 
-    def _wait_for(self, call: Callable[[], T]) -> T:
-        """Make a call that may wait for others: in a thread, as this one takes signals and sees who shows no life.
+    def _wait(self, done: Callable[[], bool], result: Callable[[], T]) -> T:
+        """The result of what may wait for others, here and not in torch, where no signal would be taken.
 
         Raises:
             ProcessError: another process has ended or shows no life.
         """
-        self.check()
-        self._waiting = futures.Future()
-        self._waiting.set_running_or_notify_cancel()
-        threading.Thread(target=_fulfil, args=(self._waiting, call), daemon=True).start()
         try:
-            while not futures.wait([self._waiting], 0.1).done:
+            while not done():
                 self.check()
-            return self._waiting.result()
+                time.sleep(0.01)
+            self._busy = False
+            return result()
         except RuntimeError as error:
             self.check(part=0.5)  # one of those that have noticed it may have ended before this one has
             raise ProcessError(
                 f"another process of this merge has ended, killed or out of memory; {self._written}"
             ) from error
+
+    def _all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        from torch import distributed
+
+        self.check()
+        parts = [tensor.clone() for _ in range(self.size)]
+        self._busy = True
+        work = distributed.all_gather(parts, tensor, self.group, async_op=True)
+        self._wait(work.is_completed, work.wait)
+        return parts
 
     def gather(self, value: T) -> list[T]:
         """Everyone's value, by rank.
@@ -194,15 +210,16 @@ class Team:
         """
         if self.size == 1:
             return [value]
-        from torch import distributed
+        import torch
 
-        values: list[Any] = [None] * self.size
+        content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         try:
-            self._wait_for(lambda: distributed.all_gather_object(values, value, self.group))
+            lengths = [int(length) for length in self._all_gather(torch.tensor([content.numel()]))]
+            parts = self._all_gather(torch.nn.functional.pad(content, (0, max(lengths) - content.numel())))
         except ProcessError:
             self.leaving.begun = True
             raise
-        return values
+        return [pickle.loads(part[:length].numpy().tobytes()) for part, length in zip(parts, lengths)]
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Do `work` in every process; everyone's result, by rank. What one raises is raised in all."""
@@ -263,11 +280,18 @@ def _named(ranks: Sequence[int]) -> str:
     return f"processes {', '.join(map(str, ranks))} of this merge have"
 
 
-def _fulfil(future: futures.Future[T], call: Callable[[], T]) -> None:
-    try:
-        future.set_result(call())
-    except Exception as error:
-        future.set_exception(error)
+def _in_thread(call: Callable[[], T]) -> futures.Future[T]:
+    """What a call returns in a thread that nothing waits for when this process ends."""
+    outcome: futures.Future[T] = futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
 
 
 @contextmanager
@@ -406,6 +430,14 @@ def _alarm(seconds: int) -> None:
     # Where the program handles alarms itself it needs the only one that there is.
     if hasattr(signal, "alarm") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
         signal.alarm(seconds)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End this process without Python's own cleaning up, which takes seconds and may run into what torch is doing."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody listens any more
+            stream.flush()
+    os._exit(status)
 
 
 def end_with_launcher() -> None:

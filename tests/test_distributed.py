@@ -421,6 +421,29 @@ def test_a_signal_ends_a_process_whose_partner_is_stopped(in_processes, jobs, tm
     assert list(tmp_path.iterdir()) == [tmp_path / "stopped"]
 
 
+SCRIPT = """
+import pickle, sys, torch
+from tests.test_distributed import leaving
+torch.distributed.init_process_group("gloo")
+leaving(*pickle.loads(bytes.fromhex(sys.argv[1])))
+"""
+
+
+def test_nothing_hangs_at_the_end_of_python(jobs, tmp_path):
+    port, call = distributed._free_port(), (jobs["full"], tmp_path / "out", 1, signal.SIGTERM)
+    command = [sys.executable, "-c", SCRIPT, pickle.dumps(call).hex()]
+    environments = [distributed._environment(rank, 2, port) for rank in range(2)]
+    root = Path(__file__).parents[1]
+    ended, stopped = (subprocess.Popen(command, env=environment, cwd=root) for environment in environments)
+    try:
+        assert ended.wait(AT_MOST) == 143
+    finally:
+        for process in (ended, stopped):
+            process.kill()
+            process.wait()
+    assert list(tmp_path.iterdir()) == [tmp_path / "stopped"]
+
+
 def absent(job, out):
     """A merge to which the second process does not come."""
     if torch.distributed.get_rank() == 1:
@@ -669,7 +692,7 @@ def test_the_end_of_the_launcher_ends_its_processes(in_processes, jobs, tmp_path
 def test_the_command_ends_with_its_launcher(bert_inputs, tmp_path):
     recipe = write_recipe(bert_inputs, tmp_path / "recipe.yaml")
     command = [sys.executable, "-m", "emr_hf", "merge", recipe, tmp_path / "out"]
-    environment = {**os.environ, distributed._LAUNCHED: "1"}
+    environment = {**distributed._environment(0, 2, distributed._free_port()), distributed._LAUNCHED: "1"}
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, timeout=AT_MOST)
     assert done.returncode == -signal.SIGTERM
     assert list(tmp_path.iterdir()) == [recipe]
