@@ -118,6 +118,7 @@ def bound(finetune: Source | Adapter, base: Source) -> Source:
 def make_plan(recipe: Recipe, base: Source, sources: Mapping[str, Source], save_as: str) -> Plan:
     """Decide what is merged, what is kept for each task, and what the repo will hold."""
     architecture = common_architecture(sources)
+    _check_side_files(base)
     for source in sources.values():
         check_finetune(base, source)
     default = sources[recipe.default_task or next(iter(sources))]
@@ -189,9 +190,7 @@ def common_architecture(sources: Mapping[str, Source]) -> str:
 def check_finetune(base: Source, source: Source) -> None:
     """Raise if a finetune cannot be one of the base, by their configurations, or has files that cannot be used."""
     _check_same_structure(base, source)
-    for owner in (base, source):
-        if owner.folder is not None:
-            _check_side_files(owner.label, owner.folder)
+    _check_side_files(source)
 
 
 def _check_same_structure(base: Source, source: Source) -> None:
@@ -213,8 +212,11 @@ def _check_same_structure(base: Source, source: Source) -> None:
                 )
 
 
-def _check_side_files(label: str, folder: Path) -> None:
+def _check_side_files(source: Source) -> None:
     """Raise where a file that goes into the repo cannot be read, or transformers would not take it."""
+    label, folder = source.label, source.folder
+    if folder is None:
+        return
     for name in (*SIDE_FILES, GENERATION_CONFIG):
         if os.path.isfile(folder / name):
             check_own(folder / name, folder)

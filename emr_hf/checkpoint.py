@@ -36,7 +36,7 @@ from .storage import TensorInfo, reserve
 # Heads of models whose class does not keep them apart from a named body.
 _HEAD = re.compile(r"^(classifier|score|qa_outputs|classification_head|projector|head|logits_proj|fc)\.")
 
-_SPARE_PARTS = 20_000  # of a model of which only a part is stored
+_SPARE_PARTS = 10_000  # of a model of which only a part is stored
 
 
 def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:

@@ -27,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     collecting = gc.isenabled()
     gc.disable()  # importing torch and transformers makes a million objects, and what follows few
-    with suppress(AttributeError):  # a path need not be text
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path need not be text
     try:
         return _main(arguments)
     finally:
@@ -65,8 +66,8 @@ def _report(error: Exception) -> int:
             return 141  # 128 + SIGPIPE, as of any command in a pipe
     if isinstance(error, (EMRError, OSError)):
         _complain(" ".join(str(error).splitlines()))
-    elif isinstance(error, MemoryError):
-        _complain("out of memory", everywhere=True)
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        _complain(f"out of memory: {one_line(error)}".removesuffix(": "), everywhere=True)
     else:
         what = f"{type(error).__name__}: {one_line(error)}"
         _complain(f"internal error: {what}; run again with --debug and report it", everywhere=True)

@@ -43,6 +43,7 @@ MERGEABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Reference: TypeAlias = "str | Path | PreTrainedModel"
 
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_READ = (CONFIG_NAME, ADAPTER_CONFIG_NAME, "model", "pytorch_model", "adapter_model")  # what such names begin with
 _ADAPTER_FILES = [*_CONFIG_FILES, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME]
 # Whatever fails between here and the Hub: a repo id or a repo of the wrong kind (ValueError), the network, the Hub's
 # answers, and its HTTP library's own errors, which those derive from.
@@ -240,14 +241,14 @@ def _printable(name: str) -> str:
 
 
 def _files(label: str, folder: Path) -> list[str]:
-    """Names in a folder, whose settings and weights may be read."""
+    """Names of what is in a folder, of which settings and weights may be read."""
     try:
         names = os.listdir(folder)
     except OSError as error:
         raise CheckpointError(f"{label}: cannot read the folder {_named(folder)}: {error.strerror}") from None
     for name in names:
         path = folder / name
-        if name.endswith((".json", ".safetensors", ".bin")) and os.path.isfile(path) and not os.access(path, os.R_OK):
+        if name.startswith(_READ) and os.path.isfile(path) and not os.access(path, os.R_OK):
             raise CheckpointError(f"{label}: cannot read {_named(path)}: no permission")
     return names
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -21,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer
 
 import emr_hf
 from emr_hf import ActivationError, CheckpointError, MismatchError, NonFiniteError, OptionError, RecipeError, RepoError
+from emr_hf.alignment import matching
 from emr_hf.alignment.aligning import made_example
 from emr_hf.alignment.averaging import agreement
 from emr_hf.alignment.folders import folder_names
@@ -674,7 +678,11 @@ def test_a_recipe_with_a_base_is_not_aligned(inputs: dict[str, Path], tmp_path: 
     [
         ({"wieght": 0.5}, "align: unknown field 'wieght'. Did you mean 'weight'"),
         (0.5, "align=0.5: expected a mapping"),
-        ({"data": "no.safetensors"}, "cannot read .*no.safetensors"),
+        ({"data": "no.safetensors"}, "no.safetensors does not exist"),
+        ({"data": "."}, "is a folder: expected a regular file"),
+        ({"data": 5}, "data=5: expected a safetensors file"),
+        ({"seed": "x"}, "seed='x': expected a whole number"),
+        ({"method": [["x"] * 1000] * 1000}, "method=.* is unknown"),
         ({"weight": 2}, "weight=2"),
         ({"method": "mudcs"}, "Did you mean 'mudsc'"),
         ({"sites": "first"}, "sites='first'"),
@@ -682,9 +690,43 @@ def test_a_recipe_with_a_base_is_not_aligned(inputs: dict[str, Path], tmp_path: 
     ],
 )
 def test_wrong_fields(inputs: dict[str, Path], tmp_path: Path, fields: Any, message: str, capsys: Any) -> None:
-    assert main(["align", str(recipe_file(tmp_path, inputs, align=fields)), str(tmp_path / "out")]) == 1
-    assert re.search(message, capsys.readouterr().err)
+    recipe, out = str(recipe_file(tmp_path, inputs, align=fields)), str(tmp_path / "out")
+    for arguments in (["align", recipe, out], ["check", recipe], ["merge", recipe, out]):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert re.search(message, error) and error.count("\n") == 1 and len(error) < 1000
     assert not (tmp_path / "out").exists()
+
+
+def test_data_from_a_named_pipe_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """To open one that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / "data.safetensors")
+    recipe = emr_hf.Recipe(None, inputs, align={"data": tmp_path / "data.safetensors"})
+    for work in (emr_hf.check, lambda recipe: emr_hf.align_recipe(recipe, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match="align: data: .*named pipe"):
+            work(recipe)
+
+
+def test_scipy_is_missed_by_the_check(inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=r"pip install 'emr_hf\[align\]'"):
+        emr_hf.check(emr_hf.Recipe(None, inputs, align={}))
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """The library that writes the weights has an error of its own, which is no OSError."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+    tasks = {task: str(folder) for task, folder in inputs.items()}
+    align = f"emr_hf.align_recipe(emr_hf.Recipe(None, {tasks}), {str(tmp_path / 'out')!r})"
+    script = f"import emr_hf\n{limit}\ntry: {align}\nexcept emr_hf.RepoError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.stdout.startswith(f"cannot write {tmp_path / 'out'}: "), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_private_expression_that_backtracks_is_refused() -> None:
+    with pytest.raises(OptionError, match="private: .* steps"):
+        emr_hf.align(build(BERT, 1), build(BERT, 2), private=r"(([a-z._0-9])+)+!")
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,19 @@ import errno
 import json
 import os
 import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import emr_hf
+from emr_hf.checkpoint import build_skeleton
+from emr_hf.sources import open_source
 from tests import tiny
 from tests.test_sources import bin_tensors, copy_of, edit_json, edit_tensors, loaded_model, sharded_bin, stored_tensors
 
@@ -220,6 +227,145 @@ HEADERS = {
 def test_a_header_that_is_wrong_is_named(refuse_bad, spoilt, change):
     write_header(spoilt / "model.safetensors", change)
     refuse_bad(emr_hf.CheckpointError, spoilt)
+
+
+# Settings: each file that a checkpoint is read with, broken in each way
+
+
+SETTINGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+BROKEN = {
+    "empty": b"",
+    "cut short": b'{"a": ',
+    "a list": b"[]",
+    "null": b"null",
+    "a text": b'"bert"',
+    "no text": b"\xff\xfe\x00",
+    "NaN": b'{"a": NaN}',
+    "a number without end": b'{"a": ' + b"9" * 10_000 + b"}",
+    "half a character": b'{"a": "\\ud800"}',
+    "too deep to parse": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "too deep to compare": b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}",
+    "too large": b'{"a": "' + b"x" * (17 << 20) + b'"}',
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("content", BROKEN.values(), ids=list(BROKEN))
+def test_broken_settings_are_named(refuse_bad, spoilt, name, content):
+    (spoilt / name).write_bytes(content)
+    refuse_bad(emr_hf.CheckpointError, spoilt, spoilt / name)
+
+
+UNFIT = {
+    "a named pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a loop of links": lambda path: path.symlink_to(path.name),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("make", UNFIT.values(), ids=list(UNFIT))
+def test_settings_that_are_no_file_are_named(refuse_bad, spoilt, name, make):
+    (spoilt / name).unlink(missing_ok=True)
+    make(spoilt / name)
+    refuse_bad(emr_hf.CheckpointError, spoilt, spoilt / name)
+
+
+def test_a_linked_file_is_a_file(bert, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in bert.finetunes["bad"].iterdir():
+        (linked / path.name).symlink_to(path)
+    assert emr_hf.check(emr_hf.Recipe(bert.base, {"linked": linked})).merged
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_return_sequences": 4}, {"early_stopping": "soon"}, {"max_new_tokens": "5"}, {"watermarking_config": 5},
+     {"cache_implementation": "none such"}],
+    ids=str,
+)  # fmt: skip
+def test_generation_settings_that_transformers_refuses_are_found_by_the_check(refuse, gpt2, tmp_path, settings):
+    bad = copy_of(gpt2.finetunes["bad"], tmp_path / "bad")
+    edit_json(bad / "generation_config.json", **settings)
+    finetunes = {"good": gpt2.finetunes["good"], "bad": bad}
+    refuse(emr_hf.CheckpointError, gpt2.base, finetunes, "bad: ", bad / "generation_config.json")
+    base = copy_of(gpt2.base, tmp_path / "base")
+    edit_json(base / "generation_config.json", **settings)
+    refuse(emr_hf.CheckpointError, base, gpt2.finetunes, "base: ", base / "generation_config.json")
+
+
+def test_generation_settings_that_transformers_only_warns_of_stay_as_they_are(gpt2, tmp_path):
+    """Sampling settings without sampling, as many published models have them."""
+    hot = copy_of(gpt2.finetunes["bad"], tmp_path / "hot")
+    edit_json(hot / "generation_config.json", temperature=0.5)
+    emr_hf.merge(gpt2.base, {"good": gpt2.finetunes["good"], "hot": hot}, tmp_path / "out")
+    model = emr_hf.EMRMergedModel.from_pretrained(tmp_path / "out")
+    model.set_task("hot").save_pretrained(tmp_path / "saved")
+    emr_hf.export(tmp_path / "out", "hot", tmp_path / "plain")
+    assert model.generation_config.temperature == 0.5
+    assert json.loads((tmp_path / "plain" / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+@pytest.mark.parametrize("size", [10**9, 10**18])
+@pytest.mark.parametrize("name", ["num_labels", "num_hidden_layers", "vocab_size", "hidden_size", "n_layers"])
+def test_sizes_that_no_weight_has_are_refused_before_anything_is_made(refuse_bad, spoilt, name, size):
+    edit_json(spoilt / "config.json", **{name: size, "id2label": None, "label2id": None})
+    refuse_bad(emr_hf.CheckpointError, spoilt, spoilt / "config.json", name, size)
+
+
+def test_a_model_of_more_parts_than_are_stored_is_not_built(bert, spoilt):
+    edit_json(spoilt / "config.json", num_hidden_layers=100_000)
+    with pytest.raises(emr_hf.MismatchError, match="cannot build BertForSequenceClassification .* parts"):
+        build_skeleton(open_source(spoilt, "bad"), torch.float32)
+    assert build_skeleton(open_source(bert.finetunes["bad"], "bad"), torch.float32).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("architectures", [5, "BertModel", {"0": "BertModel"}, [5], [None]], ids=str)
+def test_architectures_that_are_no_names_are_named(refuse_bad, spoilt, architectures):
+    edit_json(spoilt / "config.json", architectures=architectures)
+    refuse_bad(emr_hf.CheckpointError, spoilt, "architectures")
+
+
+CLOSED = (".", "config.json", "model.safetensors", "generation_config.json", "vocab.txt")
+AS_NOBODY = """
+import os, sys
+import emr_hf
+base, *tasks = sys.argv[1:]
+emr_hf.check(emr_hf.Recipe(base, {"base": base}))  # what is imported later, nobody may read either
+if os.geteuid() == 0:  # whom no permission stops
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for task in tasks:
+    try:
+        emr_hf.check(emr_hf.Recipe(base, {"bad": task}))
+    except emr_hf.CheckpointError as error:
+        print(error)
+"""
+
+
+def test_what_may_not_be_read_is_named(gpt2):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folder is closed to others by itself
+        Path(folder).chmod(0o755)
+        base = copy_of(gpt2.base, Path(folder, "base"))
+        tasks = [copy_of(gpt2.finetunes["bad"], Path(folder, f"task-{number}")) for number in range(len(CLOSED))]
+        for path in (base, *tasks):
+            (path / "vocab.txt").write_text("[PAD]")
+            for file in path.iterdir():
+                file.chmod(0o644)
+        closed = [task / name for task, name in zip(tasks, CLOSED)]
+        for path in closed:
+            path.chmod(0)
+        command = [sys.executable, "-c", AS_NOBODY, base, *tasks]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        tasks[0].chmod(0o755)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(closed), done.stderr
+    for line, path in zip(lines, closed):
+        assert line.startswith("bad: cannot read ") and str(path) in line and "ermission" in line
 
 
 # Checkpoints that do not belong together
@@ -588,6 +734,65 @@ def test_a_missing_recipe_is_named(tmp_path):
             emr_hf.Recipe.load(path)
 
 
+ALIASES = "&b0 [x, x, x, x, x, x, x, x, x]"
+for level in range(1, 9):
+    ALIASES = f"&b{level} [{ALIASES}{f', *b{level - 1}' * 8}]"
+MERGED = "{a0: &m0 {x: y}" + "".join(
+    f", a{level}: &m{level} {{<<: [{', '.join([f'*m{level - 1}'] * 9)}]}}" for level in range(1, 9)
+)
+HEAVY = {
+    "aliases of aliases": (ALIASES, "aliases"),
+    "merged aliases": (MERGED + "}", "aliases"),
+    "an alias of itself": ("&a [*a]", "inside"),
+    "deep": ("[" * 20_000 + "]" * 20_000, "deep"),
+    "a long text": ("x" * (2 << 20), "bytes"),
+    "many values": (f"[{'x,' * 100_001}]", "values"),
+    "a date that is none": ("2020-99-99", "YAML"),
+    "a number without end": ("9" * 10_000, "YAML"),
+    "a truth that is none": ("!!bool maybe", "YAML"),
+}
+
+
+FIELDS = ("tasks", "base", "private", "rescale", "max_shard_size", "labels", "default_task", "align", "new")
+
+
+@pytest.mark.parametrize(("field", "kind"), [*((field, "aliases of aliases") for field in FIELDS),
+                                             *(("labels", kind) for kind in HEAVY)])  # fmt: skip
+def test_a_value_of_any_size_is_refused_while_the_recipe_is_read(recipe, field, kind):
+    value, why = HEAVY[kind]
+    fields = {"base": "./base", "tasks": "{a: ./a}", field: value}
+    path = recipe("".join(f"{name}: {text}\n" for name, text in fields.items()))
+    with pytest.raises(emr_hf.RecipeError, match=why) as caught:
+        emr_hf.Recipe.load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_aliases_of_usual_size_are_what_they_stand_for(recipe):
+    loaded = emr_hf.Recipe.load(recipe("base: &base ./base\ntasks: {a: *base, b: *base}\n"))
+    assert loaded.finetunes["a"] == loaded.finetunes["b"] == loaded.base
+
+
+@pytest.mark.parametrize("make", UNFIT.values(), ids=list(UNFIT))
+def test_a_recipe_that_is_no_file_is_named(tmp_path, make):
+    path = tmp_path / "recipe.yaml"
+    make(path)
+    with pytest.raises(emr_hf.RecipeError, match=f"cannot read the recipe: .*{path}"):
+        emr_hf.Recipe.load(path)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"], ids=["long", "null"])
+def test_a_recipe_by_a_name_that_no_system_has_is_named(path):
+    with pytest.raises(emr_hf.RecipeError, match="cannot read the recipe: "):
+        emr_hf.Recipe.load(path)
+
+
+def test_peft_is_missed_by_the_check(bert, monkeypatch):
+    assert peft.__version__
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(emr_hf.OptionError, match=r"pip install 'emr_hf\[adapters\]'"):
+        emr_hf.check(emr_hf.Recipe(bert.base, bert.finetunes), save_as="peft")
+
+
 def test_a_field_that_is_nearly_right_is_answered_with_the_nearest(recipe):
     with pytest.raises(emr_hf.RecipeError, match="[Dd]id you mean 'rescale'"):
         emr_hf.Recipe.load(recipe(GOOD + "rescal: global"))
@@ -610,6 +815,14 @@ def test_a_bad_option_is_named(bert, refuse, options):
 def test_finetunes_that_are_no_mapping_are_refused(bert, refuse, finetunes):
     with pytest.raises(emr_hf.OptionError, match="mapping"):
         emr_hf.merge(bert.base, finetunes, refuse.target / "out")
+
+
+@pytest.mark.parametrize("private", [r"(([a-z._0-9])+)+!", [r"(\w+)\1"], ["x" * 10**6]], ids=["hang", "group", "long"])
+def test_private_expressions_that_may_take_for_ever_are_refused(refuse, bert, private):
+    with pytest.raises(emr_hf.OptionError, match="^private: "):
+        emr_hf.check(emr_hf.Recipe(bert.base, bert.finetunes, private=private))
+    with pytest.raises(emr_hf.OptionError, match="^private: "):
+        emr_hf.merge(bert.base, bert.finetunes, refuse.target / "out", private=private)
 
 
 def test_private_expressions_that_leave_nothing_to_merge_are_refused(refuse, bert):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 import yaml
 from huggingface_hub import HfApi
@@ -250,6 +253,76 @@ def test_an_interruption_is_told_and_leaves_nothing(run, recipe, tmp_path, monke
     assert (result.status, result.out) == (130, "")
     assert result.err.endswith("emr-hf: interrupted, nothing was written\n")
     assert list(tmp_path.iterdir()) == [recipe]
+
+
+UNEXPECTED = {
+    RuntimeError(
+        "a bug\nof ours"
+    ): "internal error: RuntimeError: a bug of ours; run again with --debug and report it",
+    RecursionError("too deep"): "internal error: RecursionError: too deep; run again with --debug and report it",
+    MemoryError(): "out of memory",
+    torch.OutOfMemoryError("tried to allocate 3 GB"): "out of memory: tried to allocate 3 GB",
+    OSError(errno.ENOSPC, "No space left on device"): "[Errno 28] No space left on device",
+    OSError(errno.EROFS, "Read-only file system", "x"): "[Errno 30] Read-only file system: 'x'",
+    emr_hf.OptionError("one\nand two"): "one and two",
+}
+
+
+@pytest.mark.parametrize(("error", "line"), UNEXPECTED.items(), ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("debug", [None, "before", "after"])
+def test_every_error_is_one_line_and_a_traceback_with_debug(run, bert_repo, monkeypatch, error, line, debug):
+    def fail(repo):
+        raise error
+
+    monkeypatch.setattr(emr_hf, "inspect", fail)
+    result = run(*["--debug"] * (debug == "before"), "inspect", bert_repo, *["--debug"] * (debug == "after"))
+    assert (result.status, result.out) == (1, "")
+    assert result.err.splitlines()[-1] == f"emr-hf: {line}"
+    assert ("Traceback" in result.err and "in fail" in result.err) == (debug is not None)
+    assert (result.err.count("\n") == 1) == (debug is None)
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "emr_hf", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(bert_repo):
+    process = start("inspect", bert_repo, stdout=subprocess.PIPE)
+    process.stdout.close()  # before anything is written
+    _, told = process.communicate(timeout=600)
+    assert (process.returncode, told) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_results_that_cannot_be_written_are_told(bert_repo):
+    with open("/dev/full", "w") as full:
+        process = start("inspect", bert_repo, stdout=full)
+        _, told = process.communicate(timeout=600)
+    assert (process.returncode, told) == (1, "emr-hf: [Errno 28] No space left on device\n")
+
+
+def test_a_path_that_is_no_text_is_told_as_it_is(run, bert_repo, tmp_path):
+    nowhere = os.fsdecode(os.fsencode(tmp_path) + b"/no\xfftext")
+    for arguments in (
+        ["inspect", nowhere],
+        ["check", nowhere],
+        ["export", nowhere, tmp_path / "x", "--task", "items"],
+    ):
+        assert_one_line_error(run(*arguments))
+    process = start("export", str(bert_repo), nowhere, "--task", "items", stdout=subprocess.PIPE)
+    out, told = process.communicate(timeout=600)
+    assert (process.returncode, out) == (0, f"{tmp_path}/no\\udcfftext\n"), told
+    assert os.path.isfile(os.path.join(nowhere, "model.safetensors"))
+
+
+@pytest.mark.parametrize("verb", ["check", "merge", "align"])
+@pytest.mark.parametrize(
+    "path", ["~no-such-user/x", "x" * 5000, "a" * 256, "/dev/zero", "/proc/self/mem", "/root/x\ty"]
+)
+def test_a_recipe_that_no_system_can_read_is_one_line(run, tmp_path, verb, path):
+    assert_one_line_error(run(verb, path, *[tmp_path / "out"] * (verb != "check")), "cannot read the recipe")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ import emr_hf
 from emr_hf import evaluation, labelled
 from tests import adapters, tiny
 from tests.test_pipelines import WORDS, write_tokenizer
+from tests.test_sources import edit_json
 
 TEXTS = ["a good film", "the bad film", "bad", "a good the film", "good", "film bad a"]
 REVERSED = [*WORDS[:5], *reversed(WORDS[5:])]
@@ -183,9 +185,12 @@ def test_images_by_path(tmp_path):
     columns = {"img": [Image.new("RGB", (20, 20))] * 2, "label": [0, 1]}
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
     assert emr_hf.evaluate_task(tmp_path / "out", tmp_path / "saved", "a").metrics == {"accuracy": 0.5}
-    data = write_csv(tmp_path / "bad.csv", ["out"], [0], "image,label")
-    with pytest.raises(emr_hf.OptionError, match="row 0: 'image' is no image"):
-        emr_hf.evaluate_task(tmp_path / "out", data, "a")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "1.png").read_bytes()[:-30])
+    os.mkfifo(tmp_path / "pipe.png")
+    for row, names in enumerate((["out"], ["0.png", "cut.png"], ["0.png", "1.png", "pipe.png"])):
+        data = write_csv(tmp_path / "bad.csv", names, [0] * len(names), "image,label")
+        with pytest.raises(emr_hf.OptionError, match=f"row {row}: 'image' is no image"):
+            emr_hf.evaluate_task(tmp_path / "out", data, "a")
 
 
 def test_an_adapter_without_its_base(run, tmp_path):
@@ -342,6 +347,36 @@ def test_missing_columns_rows_and_files(run, repo, tmp_path, monkeypatch):
     assert "row 1: 'text' is None" in fails(run, monkeypatch, repo, "--data", data)
     (tmp_path / "broken.json").write_text("{")
     assert "cannot read" in fails(run, monkeypatch, repo, "--data", tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt", ""])
+def test_data_that_is_no_file_is_named(run, repo, tmp_path, monkeypatch, suffix):
+    pipe, dangling = tmp_path / f"pipe{suffix}", tmp_path / f"dangling{suffix}"
+    os.mkfifo(pipe)
+    dangling.symlink_to(tmp_path / "nowhere")
+    for path in (pipe, dangling):
+        assert str(path) in fails(run, monkeypatch, repo, "--data", path)
+    assert fails(run, monkeypatch, repo, "--data", "x" * 5000)
+
+
+CHANGES = [
+    ({"target_modules": r"(([a-z._0-9])+)+!"}, "target_modules"),
+    ({"modules_to_save": [r"(([a-z._0-9])+)+!"]}, "modules_to_save"),
+    ({"r": 10**9}, "rank 'r' is 1000000000"),
+    ({"rank_pattern": {"query": 10**9}}, "rank 'query' is 1000000000"),
+    ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"),
+    ({"base_model_name_or_path": None}, "does not name its base"),
+    ({"peft_type": None}, "no field 'peft_type'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), CHANGES, ids=[named for _, named in CHANGES])
+def test_an_adapter_to_compare_with_is_checked_as_an_input_is(run, repo, tmp_path, monkeypatch, changes, named):
+    base = adapters.write_base(tiny.BERT, tmp_path / "base")
+    bad = adapters.write_adapter(tmp_path / "bad", tiny.BERT.architecture, base, adapters.BERT_LORA)
+    edit_json(bad / "adapter_config.json", **changes)
+    data = write_csv(tmp_path / "data.csv", TEXTS, [0] * 6)
+    assert named in fails(run, monkeypatch, repo, "--data", data, "--compare", bad)
 
 
 def test_bad_options(run, repo, inputs, tmp_path, monkeypatch, metric):

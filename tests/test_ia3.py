@@ -204,6 +204,24 @@ def test_ordinary_adapters_keep_their_own_settings_and_keys(bert, tmp_path):
         assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in other.items()}
 
 
+def test_what_others_wrote_beside_an_adapters_settings_is_not_written_again(bert, tmp_path):
+    odd = copy_of(bert.finetunes["a"], tmp_path / "odd")
+    mapping = {"base_model_class": "system", "parent_library": "os"}
+    edit_json(odd / "adapter_config.json", auto_mapping=mapping, home="/home/me")
+    emr_hf.merge(bert.base, {"odd": odd}, tmp_path / "out", save_as="peft")
+    after = json.loads((tmp_path / "out" / "adapters" / "odd" / "adapter_config.json").read_text())
+    assert after["auto_mapping"] is None and "home" not in after
+    assert "/home/me" not in (tmp_path / "out" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["target_modules", "feedforward_modules", "exclude_modules"])
+def test_a_pattern_that_backtracks_is_named(bert, tmp_path, name):
+    bad = copy_of(bert.finetunes["a"], tmp_path / "bad")
+    edit_json(bad / "adapter_config.json", **{name: r"(([a-z._0-9])+)+!"})
+    with pytest.raises(emr_hf.CheckpointError, match=f"bad: adapter_config.json: {name}: .* steps"):
+        emr_hf.check(emr_hf.Recipe(None, {"bad": bad}))
+
+
 def test_it_is_small(bert, tmp_path):
     report = emr_hf.merge(None, bert.finetunes, tmp_path / "out", save_as="peft")
     assert report.bytes_out == report.bytes_modulators

@@ -14,6 +14,7 @@ import emr_hf
 from emr_hf import checking, sources
 from tests import adapters, tiny
 from tests.adapters import BERT_LORA
+from tests.test_bad_input import BROKEN, UNFIT
 from tests.test_merging import load_folder
 from tests.test_sources import COMMIT, FakeHub, copy_of, edit_json
 
@@ -361,7 +362,7 @@ def refused(bert, folder, error, *named):
     message = str(caught.value)
     assert message.startswith("bad: ") and "\n" not in message
     for part in named:
-        assert part in message
+        assert str(part) in message
 
 
 def test_an_unknown_type_is_named_with_those_supported(bert, tmp_path):
@@ -406,18 +407,133 @@ def test_wrong_shapes_are_named(bert, tmp_path):
     refused(bert, bad, emr_hf.MismatchError, "lora_A", "[6, 32]", "[5, 32]")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"target_modules": "((("}, {"exclude_modules": "((("}, {"auto_mapping": "x"}, {"megatron_config": {}}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_odd_settings_are_one_error_or_none(bert, tmp_path, changes):
+ENDLESS = r"(([a-z._0-9])+)+!"
+HOSTILE = [  # of a wrong type or size, or with a pattern that backtracks
+    *({name: "((("} for name in ("target_modules", "exclude_modules")),
+    *({name: ENDLESS} for name in ("target_modules", "exclude_modules")),
+    {"target_modules": ["query", 5]},
+    {"target_modules": ["query"] * 5000},
+    {"target_modules": {"query": 1}},
+    {"modules_to_save": [ENDLESS]},
+    {"modules_to_save": "classifier"},
+    {"layers_to_transform": [0], "layers_pattern": ENDLESS},
+    {"layers_to_transform": "first"},
+    {"rank_pattern": {ENDLESS: 4}},
+    {"alpha_pattern": {ENDLESS: 4}},
+    {"rank_pattern": {"query": "4"}},
+    {"rank_pattern": {"query": 0}},
+    {"rank_pattern": [4]},
+    {"alpha_pattern": {"query": [1]}},
+    *({"r": value} for value in (0, -1, 1.5, "6", True, [6])),
+    *({"lora_alpha": value} for value in ("5", float("inf"), 10**400)),
+    {"bias": "some"},
+    {"use_dora": "yes"},
+    {"target_parameters": "experts"},
+    {"trainable_token_indices": [10**9]},
+    {"trainable_token_indices": {"word_embeddings": ["1"]}},
+    {"use_bdlora": {"nblocks": "2"}},
+    {"use_bdlora": 5},
+]
+
+
+@pytest.mark.parametrize("changes", HOSTILE, ids=lambda changes: str(changes)[:60])
+def test_a_setting_that_peft_cannot_be_given_is_named(bert, tmp_path, changes):
     bad = copy_of(bert.finetunes["b"], tmp_path / "bad")
     edit_json(bad / "adapter_config.json", **changes)
-    if "auto_mapping" in changes or "megatron_config" in changes:
-        assert emr_hf.check(emr_hf.Recipe(bert.base, {"bad": bad})).merged
-    else:
-        refused(bert, bad, emr_hf.CheckpointError, "does not fit")
+    refused(bert, bad, emr_hf.CheckpointError, "bad: adapter_config.json: ", [*changes][-1])
+
+
+@pytest.mark.parametrize("rank", [10**6, 10**9, 10**18, 10**30])
+@pytest.mark.parametrize("pattern", [False, True], ids=["r", "rank_pattern"])
+def test_a_rank_of_any_size_allocates_nothing(bert, tmp_path, monkeypatch, rank, pattern):
+    def told(*sizes, device=None, **options):
+        devices.add(torch.device(device or torch.get_default_device()).type)
+        return empty(*sizes, device=device, **options)
+
+    empty, devices = torch.empty, set()
+    bad = copy_of(bert.finetunes["b"], tmp_path / "bad")
+    edit_json(bad / "adapter_config.json", **({"rank_pattern": {"query": rank}} if pattern else {"r": rank}))
+    monkeypatch.setattr(torch, "empty", told)
+    refused(bert, bad, emr_hf.EMRError, rank if rank <= 10**18 else "bad")
+    assert devices == {"meta"}
+
+
+UNUSED = [
+    {"auto_mapping": "x"},
+    {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}},
+    {"megatron_config": {}, "megatron_core": "os"},
+    {"runtime_config": {"ephemeral_gpu_offload": True}},
+    {"eva_config": {"rho": -1}, "init_lora_weights": "eva"},
+    {"corda_config": {"cache_file": "/tmp/x", "covariance_file": "/tmp/y"}},
+    {"loftq_config": {"loftq_bits": 4}},
+    {"lora_ga_config": {"direction": "ArB2r"}},
+    {"lora_dropout": "much"},
+    {"peft_version": ["x"]},
+    {"of_a_later_version": True},
+]
+
+
+@pytest.mark.parametrize("changes", UNUSED, ids=lambda changes: next(iter(changes)))
+def test_settings_that_a_merge_does_not_need_are_not_given_to_peft(bert, tmp_path, monkeypatch, changes):
+    given = []
+    init = peft.LoraConfig.__init__
+    monkeypatch.setattr(
+        peft.LoraConfig, "__init__", lambda self, **fields: given.append(fields) or init(self, **fields)
+    )
+    odd = copy_of(bert.finetunes["b"], tmp_path / "odd")
+    edit_json(odd / "adapter_config.json", **changes)
+    assert emr_hf.check(emr_hf.Recipe(bert.base, {"odd": odd})).merged
+    assert given
+    for fields in given:
+        assert fields.get("init_lora_weights") is False
+        assert not (changes.keys() - {"init_lora_weights"}) & fields.keys()
+
+
+USUAL = (
+    r".*\.(query|value)",
+    r"^(?!.*classifier).*(?:query|value)$",
+    r"(?i).*QUERY|.*VALUE",
+    r"bert\.encoder\.layer\.\d+\.attention\.self\.(query|value)",
+)
+
+
+@pytest.mark.parametrize("targets", USUAL)
+def test_usual_patterns_find_the_same_modules(bert, tmp_path, targets):
+    same = copy_of(bert.finetunes["b"], tmp_path / "same")
+    edit_json(same / "adapter_config.json", target_modules=targets)
+    found = emr_hf.check(emr_hf.Recipe(bert.base, {"same": same})).finetunes["same"]
+    assert found.touched == emr_hf.check(emr_hf.Recipe(bert.base, {"b": bert.finetunes["b"]})).finetunes["b"].touched
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"base_model_name_or_path": 5}, {"base_model_name_or_path": ["x"]}, {"revision": 5},
+     {"base_model_name_or_path": "~no-such-user/x"}, {"base_model_name_or_path": "x" * 5000},
+     {"base_model_name_or_path": "a\0b"}, {"task_type": "X"}, {"task_type": [1]},
+     {"task_type": None, "auto_mapping": {"base_model_class": "system"}},
+     {"megatron_config": {"a": 1}}, {"layer_replication": [[0, 10**9]]}],
+    ids=lambda changes: str(changes)[:50],
+)  # fmt: skip
+def test_what_an_adapter_says_of_its_base_is_one_error(bert, tmp_path, changes):
+    bad = copy_of(bert.finetunes["b"], tmp_path / "bad")
+    path = bad / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    refused(bert, bad, emr_hf.EMRError)
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=list(BROKEN))
+def test_settings_that_are_no_json_are_named(bert, tmp_path, content):
+    bad = copy_of(bert.finetunes["b"], tmp_path / "bad")
+    (bad / "adapter_config.json").write_bytes(content)
+    refused(bert, bad, emr_hf.CheckpointError, "adapter_config.json")
+
+
+@pytest.mark.parametrize("make", UNFIT.values(), ids=list(UNFIT))
+def test_settings_that_are_no_file_are_named(bert, tmp_path, make):
+    bad = copy_of(bert.finetunes["b"], tmp_path / "bad")
+    (bad / "adapter_config.json").unlink()
+    make(bad / "adapter_config.json")
+    refused(bert, bad, emr_hf.CheckpointError, "adapter_config.json")
 
 
 def test_a_missing_tensor_is_named(bert, tmp_path):
@@ -544,8 +660,8 @@ def test_a_full_finetune_as_a_lora_names_what_is_left_out(bert_repo, tmp_path):
     assert settings["r"] == 4 and settings["modules_to_save"] == ["classifier"]
 
 
-@pytest.mark.parametrize("rank", [0, -1, 1.5, True, "4"])
-def test_a_rank_is_a_number_above_zero(repo, tmp_path, rank):
+@pytest.mark.parametrize("rank", [0, -1, 1.5, True, "4", 97, 10**9, 10**30])
+def test_a_rank_is_a_number_from_one_to_the_largest_side_of_a_weight(repo, tmp_path, rank):
     with pytest.raises(emr_hf.OptionError, match="rank"):
         emr_hf.export(repo, "a", tmp_path / "out", save_as="lora", rank=rank)
     assert not any(tmp_path.iterdir())
