@@ -115,7 +115,7 @@ TEXTS: Mapping[str, Callable[[str], str | bytes]] = {
     "nested lists": lambda text: "base: ./base\ntasks: " + "[" * 20_000,
     "closed nested lists": lambda text: "base: ./base\ntasks: " + "[" * 2_000 + "]" * 2_000,
     "nested mappings": lambda text: "base: ./base\ntasks: " + "{a: " * 2_000 + "x" + "}" * 2_000,
-    "a million tasks": lambda text: "base: ./base\ntasks: {" + ", ".join(f"t{i}: x" for i in range(20_000)) + "}",
+    "20,000 tasks": lambda text: "base: ./base\ntasks: {" + ", ".join(f"t{i}: x" for i in range(20_000)) + "}",
     "a line of 10 MB": lambda text: "base: ./base\ntasks: {a: " + "x" * 10_000_000 + "}",
     "a word": lambda text: "nonsense",
     "a list": lambda text: "- base\n- tasks\n",
