@@ -26,6 +26,9 @@ from .schema import tensor_infos
 from .sources import HUB_ERRORS
 from .storage import Storage, TensorInfo
 
+# Elements looked at a time: small enough for the cache, and for torch to stay on one thread, all that a fork has.
+_PIECE = 1 << 14
+
 
 @dataclass(frozen=True)
 class OpenRepo:
@@ -203,7 +206,8 @@ def check_finite(tensor: Tensor, name: str, place: object, infinite: bool = Fals
     """Raise RepoError if a tensor holds NaN, or infinite numbers unless these are allowed."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype.itemsize < 2:
         return
-    low, high = (float(value) for value in torch.aminmax(tensor.detach()))  # one pass, and NaN comes through
-    if math.isnan(low) or (not infinite and math.inf in (-low, high)):
-        found = high if high == math.inf else low
-        raise RepoError(f"{place}: the tensor {name} holds {found}: expected finite numbers; the repo is damaged")
+    for piece in tensor.detach().reshape(-1).split(_PIECE if tensor.device.type == "cpu" else tensor.numel()):
+        low, high = (float(value) for value in torch.aminmax(piece))  # NaN comes through
+        if math.isnan(low) or (not infinite and math.inf in (-low, high)):
+            found = high if high == math.inf else low
+            raise RepoError(f"{place}: the tensor {name} holds {found}: expected finite numbers; the repo is damaged")
