@@ -171,7 +171,8 @@ class EMRMergedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
-        model._switch.open_files(checkpoint_files or ())
+        if model._active is None:  # else they are an adapter's, which transformers puts on top
+            model._switch.open_files(checkpoint_files or ())
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @staticmethod
