@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .lengths import FLOATS, packed_size, require, require_part, require_shape
+from .lengths import FLOATS, packed_size, require, require_number, require_part, require_shape
 from .lowbit import Codes
 
 # Elements rebuilt at a time on the CPU: small enough for the cache and for torch to stay on one thread.
@@ -78,7 +78,9 @@ def rebuild(base: Tensor, tau: Tensor | Codes, packed: Tensor, rescaler: Tensor,
         TensorError: shapes, lengths or dtypes are not those above.
     """
     out = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
-    _check(base, tau, packed, rescaler, out)
+    require_shape("base", base.shape, out.shape)
+    require_shape("unified vector", tau.shape, out.shape)
+    require("rescaler", rescaler, 1, *FLOATS)
     device = out.device
     # Subtracting a masked +0.0 keeps every base as it is, -0.0 too; adding one would turn -0.0 into 0.0.
     minus_rescaler = -rescaler.to(device, torch.float32)
@@ -110,28 +112,17 @@ def rebuild_part(
     base: Tensor, tau: Tensor | Codes, packed: Tensor, rescaler: Tensor, out: Tensor, part: slice
 ) -> None:
     """[`rebuild`] elements `start` (a multiple of 8) to `stop` of flat tensors."""
-    require_part("elements to rebuild", part, out.numel())
-    _check(base, tau, packed, rescaler, out, flat=True)
+    numel = out.numel()
+    require_part("elements to rebuild", part, numel)
+    require_shape("base", base.shape, out.shape)
+    require_number("elements of the unified vector", tau.numel(), numel)
+    require("packed mask", packed, packed_size(numel), torch.uint8)
     step = max(part.stop - part.start, 1)
     if isinstance(tau, Codes) and out.device.type == "cpu":
         step = _DECODED
     for start in range(part.start, part.stop, step):
         piece = slice(start, min(start + step, part.stop))
         rebuild(base[piece], tau[piece], packed[start // 8 : packed_size(piece.stop)], rescaler, out[piece])
-
-
-def _check(
-    base: Tensor, tau: Tensor | Codes, packed: Tensor, rescaler: Tensor, out: Tensor, flat: bool = False
-) -> None:
-    """Raise TensorError unless these fit each other; `flat` tensors may go with codes of any shape."""
-    numel = out.numel()
-    require_shape("base", base.shape, out.shape)
-    require_shape("unified vector", [tau.numel()] if flat else tau.shape, out.shape)
-    require("packed mask", packed, packed_size(numel), torch.uint8)
-    require("rescaler", rescaler, 1, *FLOATS)
-    for what, tensor in (("base", base), ("unified vector", tau), ("output", out)):
-        if isinstance(tensor, Tensor):
-            require(what, tensor, numel, *FLOATS)
 
 
 @functools.cache
@@ -142,6 +133,9 @@ def _has_triton() -> bool:
 def _rebuild_with_torch(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: Tensor, out: Tensor) -> None:
     """[`rebuild`] of flat tensors, by its definition."""
     device, numel = out.device, out.numel()
+    require("packed mask", packed, packed_size(numel), torch.uint8)
+    for what, tensor in (("base", base), ("unified vector", tau), ("output", out)):
+        require(what, tensor, numel, *FLOATS)
     step = _CHUNK if device.type == "cpu" else max(numel, 1)
     for start in range(0, numel, step):
         part = slice(start, min(start + step, numel))

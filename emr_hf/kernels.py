@@ -102,18 +102,18 @@ def elect(
     require_number("task vectors", len(are_vectors), tasks)
     scratch = torch.empty(_library.emr_elect_scratch(tasks), dtype=torch.uint8)
     given = list(zip(finetunes, are_vectors))
-    kinds = [TASK_VECTOR if vector else _kind("finetune", tensor) for tensor, vector in given]
     inputs = [_address("finetune", t, numel, *([torch.float32] if vector else _KINDS)) for t, vector in given]
+    kinds = [TASK_VECTOR if vector else _KINDS[tensor.dtype] for tensor, vector in given]
     result = _library.emr_elect(
         _level,
         ctypes.c_int64(numel),
         ctypes.c_int64(tasks),
         _address("base", base, numel, *_KINDS),
-        _kind("base", base),
+        _KINDS[base.dtype],
         (ctypes.c_void_p * tasks)(*inputs),
         (ctypes.c_int32 * tasks)(*kinds),
         _address("unified vector", tau, numel, *_KINDS),
-        _kind("unified vector", tau),
+        _KINDS[tau.dtype],
         _mask_addresses(masks, tasks, numel),
         _address("sums", sums, units * tasks * 5, torch.float64),
         _address("counts", counts, tasks * 2, torch.int64),
@@ -131,13 +131,13 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: float, ou
         _level,
         ctypes.c_int64(numel),
         _address("base", base, numel, *_KINDS),
-        _kind("base", base),
+        _KINDS[base.dtype],
         _address("unified vector", tau, numel, *_KINDS),
-        _kind("unified vector", tau),
+        _KINDS[tau.dtype],
         _address("packed mask", packed, packed_size(numel), torch.uint8),
         ctypes.c_float(minus_rescaler),
         _address("output", out, numel, *_KINDS),
-        _kind("output", out),
+        _KINDS[out.dtype],
     )
 
 
@@ -241,22 +241,17 @@ def decode(codes: Tensor, scales: Tensor, bits: int, start: int, count: int, col
 
 def _address(what: str, tensor: Tensor, numel: int, *dtypes: torch.dtype) -> ctypes.c_void_p:
     """Where so many elements of one of the dtypes are, one after the other."""
+    if tensor.numel() == numel and tensor.dtype in dtypes and tensor.is_cpu and tensor.is_contiguous():
+        return ctypes.c_void_p(tensor.data_ptr())
     require(what, tensor, numel, *dtypes)
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        how = "on the CPU" if tensor.device.type != "cpu" else "contiguous"
-        raise TensorError(f"{what}: expected a tensor {how}, got strides {tensor.stride()} on {tensor.device}")
-    return ctypes.c_void_p(tensor.data_ptr())
+    how = "contiguous" if tensor.is_cpu else "on the CPU"
+    raise TensorError(f"{what}: expected a tensor {how}, got strides {tensor.stride()} on {tensor.device}")
 
 
 def _mask_addresses(masks: Sequence[Tensor], tasks: int, numel: int) -> ctypes.Array[ctypes.c_void_p]:
     require_number("packed masks", len(masks), tasks)
     places = [_address("packed mask", mask, packed_size(numel), torch.uint8) for mask in masks]
     return (ctypes.c_void_p * tasks)(*places)
-
-
-def _kind(what: str, tensor: Tensor) -> int:
-    require(what, tensor, tensor.numel(), *_KINDS)
-    return _KINDS[tensor.dtype]
 
 
 # Guarded reads of mapped files, see csrc/guard.cpp; nothing is guarded where there is no compiled file

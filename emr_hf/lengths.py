@@ -6,8 +6,6 @@ single element over all of a tensor, or leave out the end of one. Both paths ref
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -30,9 +28,9 @@ def require(what: str, tensor: Tensor, numel: int, *dtypes: torch.dtype) -> None
         raise TensorError(f"{what}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
-def require_shape(what: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+def require_shape(what: str, shape: torch.Size, expected: torch.Size) -> None:
     """Raise TensorError unless two shapes are the same."""
-    if tuple(shape) != tuple(expected):
+    if shape != expected:
         raise TensorError(f"{what}: expected shape {list(expected)}, got {list(shape)}")
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .adapters.ia3 import inject_vectors
-from .checkpoint import model_class_of
+from .checkpoint import model_class_of, parts_limited
 from .configuration import EMRConfig
 from .digests import verify_downloaded
 from .errors import CheckpointError, RepoError, one_line
@@ -23,7 +23,8 @@ def build_wrapped(config: EMRConfig) -> PreTrainedModel:
     """The wrapped model, with places for vectors where these are merged."""
     model_class = model_class_of(str(config.base_architecture))
     try:
-        model = model_class(config.base_config)
+        with parts_limited(len(config.tensors or config.merged_parameters or [])):
+            model = model_class(config.base_config)
     except Exception as error:  # a model's constructor may raise anything
         raise RepoError(
             f"cannot build {config.base_architecture} from the configuration in base_config: {one_line(error)}"

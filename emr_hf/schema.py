@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from .election import TAU_DTYPES
-from .errors import RepoError, short
+from .errors import CheckpointError, RepoError, short
 from .fitting import METHODS
 from .format import FORMAT_VERSION, flat_name
 from .lowbit import BITS
 from .report import MergeReport, TaskReport
+from .sources import check_sizes
 from .storage import TensorInfo
 
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -116,8 +117,15 @@ def check_configuration(content: Mapping[str, Any]) -> None:
     _check_vectors(top, tasks)
     _check_recipe(top, tasks)
     _check_report(top, tasks)
+    largest = 0
     if content.get("tensors") is not None:
         _check_tensors(top.inside("tensors"), merged)
+        largest = max((size for shape, _ in content["tensors"].values() for size in shape), default=0)
+    if isinstance(content["base_config"], Mapping):
+        try:
+            check_sizes("base_config", content["base_config"], largest)
+        except CheckpointError as error:
+            raise RepoError(str(error)) from None
 
 
 def check_version(version: int) -> None:

@@ -309,7 +309,7 @@ def read_config(label: str, folder: Path, storage: Storage | None = None) -> Pre
     infos = storage.infos.values() if storage is not None else ()
     sizes = [size for info in infos if info.numel for size in info.shape]
     settings = read_json(path, label)
-    _check_sizes(f"{label}: {path}", settings, max(sizes, default=0))
+    check_sizes(f"{label}: {path}", settings, max(sizes, default=0))
     named = settings.get("architectures")
     if not (named is None or (isinstance(named, list) and all(isinstance(name, str) for name in named))):
         raise CheckpointError(f"{label}: {path}: architectures is {short(named)}: expected a list of names")
@@ -326,14 +326,14 @@ _SIZES = re.compile(r"(size|sizes|dims?|dimension|width|length|positions|embeddi
 _MOST_PARTS, _LARGEST_SIZE = 1 << 17, 1 << 24
 
 
-def _check_sizes(where: str, value: object, stored: int, name: str = "") -> None:
+def check_sizes(where: str, value: object, stored: int, name: str = "") -> None:
     """Raise CheckpointError where a configuration is of something far larger than the largest stored dimension."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            _check_sizes(where, inner, stored, str(key))
+            check_sizes(where, inner, stored, str(key))
     elif isinstance(value, list):
         for inner in value:
-            _check_sizes(where, inner, stored, name)
+            check_sizes(where, inner, stored, name)
     elif isinstance(value, int) and not isinstance(value, bool):
         most = _LARGEST_SIZE if _SIZES.search(name) else _MOST_PARTS if _PARTS.search(name) else value
         if value > max(most, stored):

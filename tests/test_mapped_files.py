@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
@@ -615,6 +616,18 @@ def test_forwards_of_a_mapped_model_read_no_file(tmp_path):
         return "right"
 
     assert in_child(run) == "right"
+
+
+def test_an_adapter_on_top_of_a_mapped_model_changes_no_file_of_it(merged, tmp_path):
+    model = load(merged)
+    model.add_adapter(LoraConfig(target_modules=["query"], r=2))
+    model.save_pretrained(tmp_path / "adapter")
+    mapped = load(merged, emr_memory="mapped")
+    mapped.load_adapter(tmp_path / "adapter")
+    assert mapped.set_task("two").active_task == "two"
+    cut(merged / "model.safetensors")
+    with pytest.raises(emr_hf.RepoError, match=f"{merged / 'model.safetensors'} was cut from"):
+        mapped.set_task("one")
 
 
 def test_a_copy_of_a_mapped_model_needs_no_file(merged):

@@ -84,6 +84,8 @@ FIELDS = [
     (("base_architecture",), "os.system", "base_architecture is 'os.system'"),
     (("base_config",), [], r"base_config is \[\]"),
     (("base_config", "model_type"), ..., "base_config is"),
+    (("base_config", "num_hidden_layers"), 10**9, "base_config: num_hidden_layers is 1000000000"),
+    (("base_config", "num_hidden_layers"), 100_000, "more than [0-9,]+ parts"),
     (("base_config", "hidden_size"), "x", "hidden_size|cannot use the configuration|cannot build"),
     (("tau_dtype",), "float3", "tau_dtype is 'float3'"),
     (("method",), ["emr"], r"method is \['emr'\]"),

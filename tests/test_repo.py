@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import emr_hf
 from emr_hf import merging, publication, repo
+from emr_hf.errors import RepoError, TensorError
 from emr_hf.storage import TensorInfo
 from tests import HANGS, tiny
 from tests.test_sources import assert_same_bits, stored_tensors
@@ -111,6 +112,68 @@ def test_saving_and_loading_keeps_everything(bert_repo, tmp_path):
     again, before = (json.loads((path / "emr_report.json").read_text()) for path in (tmp_path / "again", bert_repo))
     assert {*again.pop("digests")} == {path.name for path in (tmp_path / "again").glob("*.safetensors")}
     assert {*before.pop("digests")} == {"model.safetensors"} and again == before
+
+
+@pytest.fixture
+def two_tensors(tmp_path):
+    infos = {"a": TensorInfo((4, 2), torch.float32), "b": TensorInfo((8,), torch.float32)}
+    repo.create_weights(tmp_path, infos, "5GB")
+    return tmp_path, infos
+
+
+@pytest.mark.parametrize("values, start", [(9, 0), (8, 1), (1, 8), (1, -1), (0, 9)])
+def test_no_value_is_written_beyond_its_tensor(two_tensors, values, start):
+    folder, infos = two_tensors
+    writer = repo.WeightsWriter(folder, infos)
+    for name in infos:
+        writer.write(name, torch.full((8,), 2.0))
+    for name in infos:
+        with pytest.raises(TensorError, match=f"{name} has 8 elements, got {values} to write from {start} on"):
+            writer.write(name, torch.ones(values), start)
+    writer.close()
+    assert all((tensor == 2).all() for tensor in stored_tensors(folder).values())
+
+
+def test_a_tensor_that_is_not_written_in_full_is_named(two_tensors):
+    folder, infos = two_tensors
+    writer = repo.WeightsWriter(folder, infos)
+    with pytest.raises(RepoError, match="^a: 0 of its 8 elements have been written"):
+        writer.close()
+    writer.write("a", torch.ones(4, 2))
+    writer.write("b", torch.ones(5), 3)
+    with pytest.raises(RepoError, match="^b: 5 of its 8 elements have been written"):
+        writer.close()
+    writer.write("b", torch.ones(3))
+    writer.close()
+
+
+def test_what_several_processes_write_counts_together(two_tensors):
+    folder, infos = two_tensors
+    main, other = repo.WeightsWriter(folder, infos), repo.WeightsWriter(folder, infos)
+    main.write("a", torch.ones(8))
+    other.write("b", torch.ones(8))
+    with pytest.raises(RepoError, match="^b: 0 of its 8"):
+        main.close()
+    main.count(other.written)
+    main.close()
+    assert all(tensor.all() for tensor in stored_tensors(folder).values())
+
+
+@pytest.mark.parametrize("part", ["emr.tau", "emr.mask", "emr.private", "emr.rescaler", "model."])
+def test_a_merge_that_leaves_a_tensor_out_publishes_nothing(bert_inputs, tmp_path, monkeypatch, part):
+    write, left_out = repo.WeightsWriter.write, []
+
+    def leaving_out(writer, name, values, start=0):
+        if name.startswith(part) and not left_out:
+            left_out.append(name)
+        if name not in left_out:
+            write(writer, name, values, start)
+
+    monkeypatch.setattr(repo.WeightsWriter, "write", leaving_out)
+    with pytest.raises(RepoError, match="0 of its .* elements have been written") as caught:
+        emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "out")
+    assert str(caught.value).startswith(f"{left_out[0]}: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Complete or not at all
