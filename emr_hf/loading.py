@@ -26,8 +26,9 @@ def build_wrapped(config: EMRConfig) -> PreTrainedModel:
         with parts_limited(len(config.tensors or config.merged_parameters or [])):
             model = model_class(config.base_config)
     except Exception as error:  # a model's constructor may raise anything
+        place = f"{config.name_or_path}: " if config.name_or_path else ""
         raise RepoError(
-            f"cannot build {config.base_architecture} from the configuration in base_config: {one_line(error)}"
+            f"{place}cannot build {config.base_architecture} from base_config: {one_line(error)}"
         ) from error
     if config.vectors is not None:
         inject_vectors(model, config.vectors)
