@@ -167,8 +167,10 @@ class Team:
         # Who gives up does so for a cause, and the others are about to see it too.
         if silent := self.heartbeats.silent(min(part, 0.5) if left else part):
             _stands_in = silent[0] == 0 and self.rank == min({*range(self.size)} - {*silent}, default=0)
+            # Of itself this process knows better: it is not the main one that keeps the store then.
+            subject = "the launcher of this merge has" if self.rank in silent else _named(silent)
             raise ProcessError(
-                f"{_named(silent)} shown no life for {self.heartbeats.bound:g} s (--partner-timeout): "
+                f"{subject} shown no life for {self.heartbeats.bound:g} s (--partner-timeout): "
                 f"stopped, hung or out of reach; {self._written}"
             )
         if left:

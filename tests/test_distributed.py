@@ -32,7 +32,7 @@ from tests.test_sources import copy_of, edit_tensors
 # Processes are forked off one that has imported everything, once, and has no threads.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["accelerate", "peft", "emr_hf.modeling", "tests.test_distributed"])
-AT_MOST = 600  # seconds; only what hangs takes so long
+AT_MOST = 1800  # seconds; only what hangs takes so long, however busy the machine is
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 OPENMPI = {
     "RANK": "OMPI_COMM_WORLD_RANK",
@@ -518,16 +518,22 @@ def test_who_ends_early_says_so():
     ours.end(leaving=False)
 
 
-@pytest.mark.parametrize(("rank", "speaks"), [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize(("rank", "speaks"), [(1, True), (3, False)])
 def test_another_process_speaks_where_the_main_one_is_silent(monkeypatch, rank, speaks):
     monkeypatch.setattr(distributed, "_stands_in", False)
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 4)):
         monkeypatch.setenv(name, str(value))
-    seen = SimpleNamespace(bound=300.0, left=[], silent=lambda part: [0, 1])
+    seen = SimpleNamespace(bound=300.0, left=[], silent=lambda part: [0, 2])
     assert not distributed.is_main_process()
-    with pytest.raises(errors.ProcessError, match="^processes 0, 1 of this merge have shown no life for 300 s"):
+    with pytest.raises(errors.ProcessError, match="^processes 0, 2 of this merge have shown no life for 300 s"):
         distributed.Team(rank, 4, seen).check()
     assert distributed.is_main_process() == speaks
+
+
+def test_a_main_process_whose_store_is_silent_blames_the_launcher():
+    seen = SimpleNamespace(bound=300.0, left=[], silent=lambda part: [0])
+    with pytest.raises(errors.ProcessError, match="^the launcher of this merge has shown no life for 300 s"):
+        distributed.Team(0, 2, seen).check()
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 0.5, math.nan, math.inf, True, "60", None])
