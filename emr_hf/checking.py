@@ -190,6 +190,7 @@ def common_architecture(sources: Mapping[str, Source]) -> str:
 def check_finetune(base: Source, source: Source) -> None:
     """Raise if a finetune cannot be one of the base, by their configurations, or has files that cannot be used."""
     _check_same_structure(base, source)
+    _check_label_names(source)
     _check_side_files(source)
 
 
@@ -210,6 +211,15 @@ def _check_same_structure(base: Source, source: Source) -> None:
                 raise MismatchError(
                     f"{source.label}: {what}: {name} is {short(found)}, that of the base is {short(expected)}"
                 )
+
+
+def _check_label_names(source: Source) -> None:
+    for index, name in (source.config.id2label or {}).items():
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"{source.label}: id2label calls label {index} {short(name)}: expected a text; correct its "
+                "config.json, or give labels in the recipe"
+            )
 
 
 def _check_side_files(source: Source) -> None:
@@ -364,6 +374,13 @@ def _warnings(plan: Plan) -> list[str]:
         warnings.append(
             f"no base is given: {plan.base.source.name} stands for it. Finetunes of one model should have it as their "
             "base"
+        )
+    try:
+        plan.config.validate()
+    except Exception as error:  # of its own, or what they make of a value of any type
+        warnings.append(
+            f"{plan.default_task}: transformers loads a model with its config.json, but does not save one, as "
+            f"emr-hf export would: {one_line(error)}"
         )
     seen: dict[object, str] = {}
     for task, checkpoint in plan.finetunes.items():

@@ -315,7 +315,9 @@ def read_config(label: str, folder: Path, storage: Storage | None = None) -> Pre
         raise CheckpointError(f"{label}: {path}: architectures is {short(named)}: expected a list of names")
     try:
         # False, not the default: that one would ask to run a checkpoint's own code.
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        type(config).from_dict(config.to_dict())  # as a repo keeps it
+        return config
     except Exception as error:  # a configuration's class may raise anything
         raise CheckpointError(f"{label}: cannot use {path}: {one_line(error) or type(error).__name__}") from None
 

@@ -330,6 +330,24 @@ def test_architectures_that_are_no_names_are_named(refuse_bad, spoilt, architect
 
 
 CLOSED = (".", "config.json", "model.safetensors", "generation_config.json", "vocab.txt")
+
+
+@pytest.mark.parametrize("label", [0, None, 1.5, ["x"], {"x": 1}], ids=str)
+def test_a_label_that_is_no_text_is_named_and_may_be_given_in_the_recipe(refuse_bad, bert, spoilt, label):
+    edit_json(spoilt / "config.json", id2label={"0": "first", "1": label, "2": "last"})
+    refuse_bad(emr_hf.CheckpointError, spoilt, "id2label", "label 1")
+    given = emr_hf.Recipe(bert.base, {"bad": spoilt}, labels={"bad": ["a", "b", "c"]})
+    assert emr_hf.check(given).config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_settings_that_cannot_be_saved_again_are_told_by_the_check(refuse_bad, bert, spoilt):
+    edit_json(spoilt / "config.json", output_attentions=True)  # which needs another kind of attention than models have
+    [warning] = emr_hf.check(emr_hf.Recipe(bert.base, {"bad": spoilt})).warnings
+    assert warning.startswith("bad: transformers loads a model with its config.json, but does not save one")
+    edit_json(spoilt / "config.json", output_attentions=False, dtype=1.5)
+    refuse_bad(emr_hf.CheckpointError, spoilt, spoilt / "config.json")
+
+
 AS_NOBODY = """
 import os, sys
 import emr_hf
