@@ -169,7 +169,8 @@ def spoil_field(
 
 
 def _names(file: Path, path: Path_) -> tuple[str, ...]:
-    return (file.name, *(key for key in path if isinstance(key, str) and len(key) > 2))
+    keys = [key for key in path if isinstance(key, str) and len(key) > 2]
+    return (file.name, *keys, *(key.partition("_")[0] for key in keys if key.find("_") > 3))
 
 
 def write_json(file: Path, document: Any) -> None:

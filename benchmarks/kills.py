@@ -125,7 +125,8 @@ def _repo_at(out: Path) -> dict[str, str]:
         found |= digests({task: model.model.state_dict()})
     by_format = digests(weights_of(out))
     other = [name for name, value in by_format.items() if found.get(name) != value]
-    return {**found, **{f"{name}, by docs/format.md": by_format[name] for name in other}}
+    tokenizers = {str(path.relative_to(out)): path.read_bytes().hex() for path in sorted(out.glob("tasks/*/*"))}
+    return {**found, **{f"{name}, by docs/format.md": by_format[name] for name in other}, **tokenizers}
 
 
 def _export_at(out: Path) -> dict[str, str]:

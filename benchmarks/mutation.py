@@ -208,7 +208,7 @@ def judge(error: BaseException, verb: Verb, damage: Damage) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, (EMRError, Refused)):
         message = str(error)
-        named = any(name in message for name in damage.names)
+        named = any(name.lower() in message.lower() for name in damage.names)
         return ("told" if named and "\n" not in message and len(message) < 2000 else "vague"), text
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if "/emr_hf/" in frame.filename]
     if verb.stock and not places:

@@ -97,7 +97,8 @@ def command(*arguments: object) -> str:
     if "Traceback" in err.getvalue() or status not in (0, 1, 2):
         raise CommandError(f"status {status}: {err.getvalue()[-300:]}")
     if status:
-        raise Refused(err.getvalue().strip())
+        said = err.getvalue().strip()
+        raise Refused(said[max(0, said.rfind("\nemr-hf")) :].strip())  # before that it has said what it will do
     return out.getvalue()
 
 
