@@ -140,10 +140,11 @@ def check_holds_no_input(target: Target, inputs: Sequence[tuple[str, Path]]) -> 
             )
 
 
-def _state(folder: Path, kind: Kind) -> dict[Path, FileState]:
+def _state(folder: Path, kind: Kind, ours: bool = True) -> dict[Path, FileState]:
+    """The files of a folder that this package wrote, or those of the folder's owner."""
     state = {}
     for place in paths_in(folder):
-        if kind.owns(folder, place):
+        if kind.owns(folder, place) == ours:
             stat = (folder / place).lstat()
             state[place] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
     return state
@@ -184,16 +185,17 @@ def atomic_folder(target: Target) -> Iterator[Path]:
 def _publish(target: Target, staging: Staging) -> None:
     """Put the staging folder's content in the target's place, synced before and after."""
     staging.check_present(target.out)
+    carried: dict[Path, FileState] = {}
     if target.state is not None:
         _check_unchanged(target, target.out)
-        _carry_over(target, staging.folder)
+        carried = _carry_over(target, staging.folder)
     sync_tree(staging.folder)
     sync(staging.path)
     staging.check_present(target.out)
     if target.state is None:
         _appear(staging.folder, target)
     else:
-        _replace(staging, target)
+        _replace(staging, target, carried)
     sync(target.out.parent)
 
 
@@ -209,8 +211,12 @@ def _appear(folder: Path, target: Target) -> None:
         ) from None
 
 
-def _replace(staging: Staging, target: Target) -> None:
-    """Change places with the very folder that was checked; what was there ends up in the staging folder."""
+def _replace(staging: Staging, target: Target, carried: dict[Path, FileState]) -> None:
+    """Change places with the very folder that was checked; what was there ends up in the staging folder.
+
+    Args:
+        carried: the owner's files that are in the new folder already, as they were.
+    """
     folder, out = staging.folder, target.out
     try:
         if _exchange(folder, out):
@@ -219,7 +225,7 @@ def _replace(staging: Staging, target: Target) -> None:
             old = staging.path / "old"
             out.rename(old)
             folder.rename(out)
-        _check_unchanged(target, old, folder_now=out)
+        _check_unchanged(target, old, carried)
     except BaseException:
         _undo(staging, out)
         raise
@@ -230,9 +236,12 @@ def _undo(staging: Staging, out: Path) -> None:
     old = staging.path / "old"
     staging.keep = True  # until it is there again
     if old.exists():
-        if out.exists():
+        if out.exists() and out.stat().st_ino == staging.inode:
             out.rename(staging.folder)
-        old.rename(out)
+        try:
+            old.rename(out)  # which replaces nothing that another has put there in between
+        except OSError:
+            raise RepoError(f"{out} could not be put back: what was there is in {old}") from None
     elif staging.folder.stat().st_ino != staging.inode and not _exchange(staging.folder, out):
         raise RepoError(f"{out} could not be put back: what was there is in {staging.folder}")
     staging.keep = False
@@ -248,32 +257,28 @@ def _exchange(one: Path, other: Path) -> bool:
     return renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0
 
 
-def _check_unchanged(target: Target, old: Path, folder_now: Path | None = None) -> None:
+def _check_unchanged(target: Target, old: Path, carried: dict[Path, FileState] | None = None) -> None:
     """Raise RepoError unless a folder is the one that was checked, and nothing of its owner's would be lost.
 
     Args:
         target: what was checked.
         old: where that folder is now.
-        folder_now (*optional*): the new one, which holds the owner's files already.
+        carried (*optional*): the owner's files of which there are copies, as they were.
     """
     changed = f"{target.out} was changed while it was to be replaced"
     if not old.is_dir() or not target.kind.holds(old) or _state(old, target.kind) != target.state:
         raise RepoError(f"{changed}: it is left as it is, and nothing was written; look at what is there")
     _check_no_git(old)
-    if folder_now is not None:
-        for place in _others(old, target.kind):
-            if not os.path.lexists(folder_now / place):
+    if carried is not None:
+        for place, state in _state(old, target.kind, ours=False).items():
+            if carried.get(place) != state:
                 raise RepoError(f"{changed} ({place} is new): it is left as it is, and nothing was written")
 
 
-def _others(folder: Path, kind: Kind) -> list[Path]:
-    """What a folder's owner has put into it, by relative path."""
-    return [place for place in paths_in(folder) if not kind.owns(folder, place)]
-
-
-def _carry_over(target: Target, folder: Path) -> None:
-    """Take what the owner of a folder has put into it along into the one that replaces it."""
-    for place in _others(target.out, target.kind):
+def _carry_over(target: Target, folder: Path) -> dict[Path, FileState]:
+    """Take what the owner of a folder has put into it along into the one that replaces it; its state before."""
+    others = _state(target.out, target.kind, ours=False)
+    for place in others:
         source, copy = target.out / place, folder / place
         copy.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink():
@@ -286,6 +291,7 @@ def _carry_over(target: Target, folder: Path) -> None:
             shutil.copy2(source, copy)
         else:
             raise RepoError(f"{source} is no file: move it away, or choose another folder")
+    return others
 
 
 @contextmanager

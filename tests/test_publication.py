@@ -111,19 +111,40 @@ def test_only_the_repo_that_was_checked_is_replaced(merge, meanwhile, bert_repo,
         assert contents(out) == contents(bert_repo)
 
 
-def test_a_change_at_the_last_moment_is_undone(merge, bert_repo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("system_exchanges", [True, False])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_change_at_the_last_moment_is_undone(merge, bert_repo, tmp_path, monkeypatch, system_exchanges, is_new):
     out, exchange = copy_of(bert_repo, tmp_path / "out"), publication._exchange
+    if not is_new:
+        (out / "notes.txt").write_text("written long ago")
 
     def exchange_late(one, other):
-        if not (out / "notes.txt").exists():
+        if (out / "config.json").read_bytes() == (bert_repo / "config.json").read_bytes():
             (out / "notes.txt").write_text("written just now")
-        return exchange(one, other)
+        return system_exchanges and exchange(one, other)
 
     monkeypatch.setattr(publication, "_exchange", exchange_late)
     with pytest.raises(emr_hf.RepoError, match="notes.txt is new"):
         merge(out, overwrite=True)
     assert contents(out) == {**contents(bert_repo), "notes.txt": b"written just now"}
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_appears_between_two_renames_stays_and_the_old_repo_is_named(merge, bert_repo, tmp_path, monkeypatch):
+    out, rename = copy_of(bert_repo, tmp_path / "out"), Path.rename
+
+    def rename_and_be_overtaken(self, to):
+        rename(self, to)
+        if self == out:
+            out.mkdir()
+            (out / "thesis.tex").write_text("the only copy")
+
+    monkeypatch.setattr(publication, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", rename_and_be_overtaken)
+    with pytest.raises(emr_hf.RepoError, match="could not be put back: what was there is in (.*)") as caught:
+        merge(out, overwrite=True)
+    assert contents(out) == {"thesis.tex": b"the only copy"}
+    assert contents(Path(str(caught.value).rpartition(" ")[2])) == contents(bert_repo)
 
 
 @pytest.mark.parametrize("system_exchanges", [True, False])
