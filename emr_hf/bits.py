@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .lengths import FLOATS, packed_size, require, require_number, require_part, require_shape
+from .lengths import packed_size, require, require_floats, require_number, require_part, require_shape
 from .lowbit import Codes
 
 # Elements rebuilt at a time on the CPU: small enough for the cache and for torch to stay on one thread.
@@ -80,7 +80,7 @@ def rebuild(base: Tensor, tau: Tensor | Codes, packed: Tensor, rescaler: Tensor,
     out = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
     require_shape("base", base.shape, out.shape)
     require_shape("unified vector", tau.shape, out.shape)
-    require("rescaler", rescaler, 1, *FLOATS)
+    require_floats("rescaler", rescaler, 1)
     device = out.device
     # Subtracting a masked +0.0 keeps every base as it is, -0.0 too; adding one would turn -0.0 into 0.0.
     minus_rescaler = -rescaler.to(device, torch.float32)
@@ -135,7 +135,7 @@ def _rebuild_with_torch(base: Tensor, tau: Tensor, packed: Tensor, minus_rescale
     device, numel = out.device, out.numel()
     require("packed mask", packed, packed_size(numel), torch.uint8)
     for what, tensor in (("base", base), ("unified vector", tau), ("output", out)):
-        require(what, tensor, numel, *FLOATS)
+        require_floats(what, tensor, numel)
     step = _CHUNK if device.type == "cpu" else max(numel, 1)
     for start in range(0, numel, step):
         part = slice(start, min(start + step, numel))
@@ -162,7 +162,7 @@ class StoredVector:
 
     def __post_init__(self) -> None:
         require("packed mask", self.packed, packed_size(self.tau.numel()), torch.uint8)
-        require("rescaler", self.rescaler, 1, *FLOATS)
+        require_floats("rescaler", self.rescaler, 1)
 
     def __getitem__(self, where: slice) -> Tensor:
         """Elements `start` (a multiple of 8) to `stop` of the flat vector, float32."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import bits, kernels
 from .bits import StoredVector
 from .errors import NonFiniteError, OptionError, check_choice
-from .lengths import FLOATS, packed_size, require, require_number, require_shape
+from .lengths import packed_size, require, require_floats, require_number, require_shape
 
 RESCALERS = ("global", "tensor_mean", "least_squares", "none")
 TAU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -317,13 +317,13 @@ def elect_block(
 def _check_block(base: Tensor, finetunes: Sequence[Tensor | TaskVector], tau: Tensor, masks: Sequence[Tensor]) -> None:
     numel = base.numel()
     _require_finetunes(finetunes)
-    require("base", base, numel, *FLOATS)
+    require_floats("base", base, numel)
     for given in finetunes:
         if isinstance(given, TaskVector):
             require("task vector", given.values, numel, torch.float32)
         else:
-            require("finetune", given, numel, *FLOATS)
-    require("unified vector", tau, numel, *FLOATS)
+            require_floats("finetune", given, numel)
+    require_floats("unified vector", tau, numel)
     require_number("packed masks", len(masks), len(finetunes))
     for packed in masks:
         require("packed mask", packed, packed_size(numel), torch.uint8)
@@ -432,11 +432,11 @@ def torch_threads(count: int) -> Iterator[None]:
 def check_shapes(base: Tensor, finetunes: Sequence[Tensor | StoredVector]) -> None:
     """Raise TensorError unless all finetunes are of the base's shape, OptionError where there are none."""
     _require_finetunes(finetunes)
-    require("base", base, base.numel(), *FLOATS)
+    require_floats("base", base, base.numel())
     for given in finetunes:
         require_shape("finetune", (given.tau if isinstance(given, StoredVector) else given).shape, base.shape)
         if not isinstance(given, StoredVector):
-            require("finetune", given, base.numel(), *FLOATS)
+            require_floats("finetune", given, base.numel())
 
 
 def _require_finetunes(finetunes: Sequence[object]) -> None:

@@ -29,7 +29,7 @@ from .election import (
     whole_sums,
 )
 from .errors import OptionError, check_choice
-from .lengths import FLOATS, require, require_rows
+from .lengths import require, require_floats, require_rows
 
 METHODS = ("emr", "fit", "levels")
 """EMR-Merging's election; least-squares vector and masks; two levels for each weight, for base and vector."""
@@ -69,7 +69,7 @@ def fit_vector(taus: Tensor, rescalers: Tensor) -> Tensor:
         TensorError: lengths or dtypes are not those above.
     """
     tasks, _ = _check_vectors(taus)
-    require("rescalers", rescalers, tasks, *FLOATS)
+    require_floats("rescalers", rescalers, tasks)
     given = rescalers > 0
     if not given.any():
         return torch.zeros_like(taus[0])
@@ -173,7 +173,7 @@ class TensorFit:
 
     def __post_init__(self) -> None:
         check_shapes(self.base, self.finetunes)
-        require("rescalers", self.rescalers, len(self.finetunes), *FLOATS)
+        require_floats("rescalers", self.rescalers, len(self.finetunes))
         self.bits = lowbit.BITS[self.tau_dtype] if lowbit.is_packed(self.tau_dtype, self.base.shape) else None
         self.columns = lowbit.columns_of(self.base.shape) or 1
         self.base = self.base.reshape(-1)
@@ -274,7 +274,7 @@ def compare(
     """
     tasks, count = _check_vectors(taus)
     require("vector", used, count, torch.float32)
-    require("rescalers", rescalers, tasks, *FLOATS)
+    require_floats("rescalers", rescalers, tasks)
     if shift is not None:
         require("shift", shift, count, torch.float32)
     part = Partial.empty(count, tasks)

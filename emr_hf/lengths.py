@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .errors import TensorError
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def packed_size(numel: int) -> int:
     """Bytes of a packed mask of `numel` elements."""
@@ -24,8 +22,14 @@ def require(what: str, tensor: Tensor, numel: int, *dtypes: torch.dtype) -> None
     if tensor.numel() != numel:
         raise TensorError(f"{what}: expected {numel:,} elements, got {tensor.numel():,}")
     if tensor.dtype not in dtypes:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TensorError(f"{what}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise TensorError(f"{what}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+
+
+def require_floats(what: str, tensor: Tensor, numel: int) -> None:
+    """Raise TensorError unless a tensor has so many elements, of any floating-point dtype."""
+    require(what, tensor, numel, tensor.dtype)
+    if not tensor.is_floating_point():
+        raise TensorError(f"{what}: expected a floating-point dtype, got {tensor.dtype}")
 
 
 def require_shape(what: str, shape: torch.Size, expected: torch.Size) -> None:

@@ -535,6 +535,8 @@ class EMRMergedModel(PreTrainedModel):
 
     def _check_forward(self, kwargs: dict[str, Any]) -> None:
         self._check_vectors()
+        if self._half_switched:
+            self._switch.check_files()  # of changed ones the next switch can make nothing good
         if hasattr(self, "_hf_hook") and any(getattr(m, attr).is_meta for m, attr in self._switch.sites.values()):
             raise OffloadedError(
                 "this model was offloaded after loading, with the base's weights instead of the task's: offload "

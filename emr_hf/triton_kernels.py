@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .errors import TensorError
-from .lengths import FLOATS, packed_size, require
+from .lengths import packed_size, require, require_floats
 
 _BLOCK = 1024
 
@@ -41,11 +41,11 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: Tensor, o
         TensorError: lengths or dtypes differ, or a tensor is not contiguous or elsewhere.
     """
     numel = out.numel()
-    _check("base", base, numel, out.device, *FLOATS)
-    _check("unified vector", tau, numel, out.device, *FLOATS)
+    _check("base", base, numel, out.device)
+    _check("unified vector", tau, numel, out.device)
     _check("packed mask", packed, packed_size(numel), out.device, torch.uint8)
     _check("rescaler", minus_rescaler, 1, out.device, torch.float32)
-    _check("output", out, numel, out.device, *FLOATS)
+    _check("output", out, numel, out.device)
     blocks = triton.cdiv(numel, _BLOCK)
     if blocks:
         # Product and difference are rounded one after the other, as everywhere else.
@@ -53,8 +53,11 @@ def rebuild(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: Tensor, o
 
 
 def _check(what: str, tensor: Tensor, numel: int, device: torch.device, *dtypes: torch.dtype) -> None:
-    """Raise TensorError unless the kernel may read so many elements from the tensor's address on."""
-    require(what, tensor, numel, *dtypes)
+    """Raise TensorError unless the kernel may read so many elements, by default floats, from the address on."""
+    if dtypes:
+        require(what, tensor, numel, *dtypes)
+    else:
+        require_floats(what, tensor, numel)
     if tensor.device != device or not tensor.is_contiguous():
         raise TensorError(
             f"{what}: expected a contiguous tensor on {device}, got strides {tensor.stride()} on {tensor.device}"

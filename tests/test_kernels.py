@@ -408,6 +408,20 @@ def test_an_election_of_nothing_is_refused():
 
 
 @pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_any_floating_point_dtype_is_taken(dtype):
+    base, tau, packed = torch.randn(20).to(dtype), torch.randn(20).to(dtype), bits.pack(torch.rand(20) > 0.5)
+    expected = bits.rebuild(base.float(), tau.float(), packed, torch.tensor(0.5))
+    assert torch.equal(bits.rebuild(base, tau, packed, torch.tensor(0.5), out=zeros(20)), expected)
+    tensor = TensorElection(base, [tau, base])
+    by_float = TensorElection(base.float(), [tau.float(), base.float()])
+    found, wanted = (zeros(20), mask_of(20)), (zeros(20), mask_of(20))
+    tensor.run(slice(0, 20), found[0], [found[1], mask_of(20)])
+    by_float.run(slice(0, 20), wanted[0], [wanted[1], mask_of(20)])
+    assert all(torch.equal(*pair) for pair in zip(found, wanted))
+
+
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_of_torch_changes_nothing(default):
     """Values are float32 whatever the dtype is that a model happens to be built in."""

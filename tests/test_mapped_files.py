@@ -555,6 +555,8 @@ def test_a_switch_during_which_the_file_is_cut_does_not_count(inputs, tmp_path, 
         for task in ("two", "three", "one"):
             with pytest.raises(emr_hf.RepoError, match=f"^{path} was cut from"):
                 model.set_task(task)
+        with pytest.raises(emr_hf.RepoError, match=f"^{path} was cut from"):
+            logits(model)
         return model.active_task
 
     assert in_child(run) == "one"
