@@ -114,7 +114,7 @@ SHAPES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "(0, 5)": lambda t: t.new_zeros(0, 5),
     "a scalar": lambda t: t.reshape(-1)[0],
     "one element": lambda t: t.reshape(-1)[:1],
-    "transposed": lambda t: t.T.contiguous() if t.dim() == 2 else t[None].T.contiguous(),
+    "transposed": lambda t: t.T.contiguous() if t.dim() == 2 else t.reshape(-1, 1),
     "with a row less": lambda t: t[1:] if t.dim() else t[None],
     "with a row more": lambda t: torch.cat([t, t[:1]]) if t.dim() else torch.stack([t, t]),
 }
