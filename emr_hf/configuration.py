@@ -83,7 +83,10 @@ class EMRConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError, RecursionError) as error:
+            raise RepoError(f"{pretrained_model_name_or_path}: cannot read config.json: {one_line(error)}") from error
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # for messages; it is recorded anyway
         return content, kwargs
 

@@ -115,7 +115,7 @@ class EMRMergedModel(PreTrainedModel):
         self._check_architecture()
         self.model = build_wrapped(config)
         self._active: str | None = None
-        self._half_switched = False
+        self._half_switched = self._is_base = False
         self._lock = mixed.Lock()
         try:
             self._switch = Switch(self.model, config, mapped=emr_memory == "mapped")
@@ -398,6 +398,7 @@ class EMRMergedModel(PreTrainedModel):
                     results.append(run(rows))
                 return results
             finally:
+                self._is_base = False
                 self.set_task(before)
                 if settings is not None:  # they may have been changed since the switch
                     self.model.generation_config = settings
@@ -405,7 +406,7 @@ class EMRMergedModel(PreTrainedModel):
     @torch.compiler.disable
     def _make_whole(self) -> None:
         """Finish what interrupted a switch has left half done: become the active task."""
-        if self._half_switched:
+        if self._half_switched and not self._is_base:
             self.set_task(self._active or self.config.default_task)
 
     def _become(self, task: str) -> None:
@@ -416,7 +417,7 @@ class EMRMergedModel(PreTrainedModel):
         self._half_switched = True
         with self._switch.reading():
             self._switch.become_base()
-        self._active = self.config.default_task
+        self._active, self._is_base = self.config.default_task, True
 
     def _check_vectors(self) -> None:
         if self.config.vectors is not None and "peft_config" in vars(self):
@@ -439,7 +440,7 @@ class EMRMergedModel(PreTrainedModel):
         self._switch.check_files()
 
     def _activate(self, task: str) -> None:
-        self._half_switched = True  # until the end: an interrupted switch is made good by the next
+        self._half_switched, self._is_base = True, False  # until the end: an interrupted switch is made good
         with self._switch.reading():
             self._switch.become(task)
         self._active, self._half_switched = task, False
@@ -535,8 +536,6 @@ class EMRMergedModel(PreTrainedModel):
 
     def _check_forward(self, kwargs: dict[str, Any]) -> None:
         self._check_vectors()
-        if self._half_switched:
-            self._switch.check_files()  # of changed ones the next switch can make nothing good
         if hasattr(self, "_hf_hook") and any(getattr(m, attr).is_meta for m, attr in self._switch.sites.values()):
             raise OffloadedError(
                 "this model was offloaded after loading, with the base's weights instead of the task's: offload "

@@ -18,7 +18,7 @@ from .fitting import METHODS
 from .format import FORMAT_VERSION, flat_name
 from .lowbit import BITS
 from .report import MergeReport, TaskReport
-from .sources import check_sizes
+from .sizes import check_sizes
 from .storage import TensorInfo
 
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")

@@ -34,6 +34,7 @@ from transformers.utils import (
 from .errors import CheckpointError, EMRError, one_line, short
 from .json_file import read_json
 from .mapped_files import WatchedMemory
+from .sizes import check_sizes
 from .storage import MODEL_WEIGHTS, ModelStorage, Storage, TensorInfo, open_adapter, open_folder
 
 if TYPE_CHECKING:  # a configuration is loaded without the code of models
@@ -320,26 +321,6 @@ def read_config(label: str, folder: Path, storage: Storage | None = None) -> Pre
         return config
     except Exception as error:  # a configuration's class may raise anything
         raise CheckpointError(f"{label}: cannot use {path}: {one_line(error) or type(error).__name__}") from None
-
-
-# Numbers of parts, for each of which a model or its configuration makes something; and sizes of tensors.
-_PARTS = re.compile(r"(^|_)(num|n|number)_|(layers?|blocks?|heads?|experts?|labels|stages?|depths?|groups?)$")
-_SIZES = re.compile(r"(size|sizes|dims?|dimension|width|length|positions|embeddings|vocab|ctx|channels|ratio|model)$")
-_MOST_PARTS, _LARGEST_SIZE = 1 << 17, 1 << 24
-
-
-def check_sizes(where: str, value: object, stored: int, name: str = "") -> None:
-    """Raise CheckpointError where a configuration is of something far larger than the largest stored dimension."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            check_sizes(where, inner, stored, str(key))
-    elif isinstance(value, list):
-        for inner in value:
-            check_sizes(where, inner, stored, name)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        most = _LARGEST_SIZE if _SIZES.search(name) else _MOST_PARTS if _PARTS.search(name) else value
-        if value > max(most, stored):
-            raise CheckpointError(f"{where}: {name} is {short(value)}, but no stored tensor is of such a size")
 
 
 def _config(label: str, folder: Path, storage: Storage) -> PreTrainedConfig:

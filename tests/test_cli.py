@@ -271,7 +271,7 @@ UNEXPECTED = {
 @pytest.mark.parametrize(("error", "line"), UNEXPECTED.items(), ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("debug", [None, "before", "after"])
 def test_every_error_is_one_line_and_a_traceback_with_debug(run, bert_repo, monkeypatch, error, line, debug):
-    def fail(repo):
+    def fail(repo, verify):
         raise error
 
     monkeypatch.setattr(emr_hf, "inspect", fail)

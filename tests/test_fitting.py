@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 import emr_hf
 from emr_hf import bits, election, fitting, kernels, lowbit
-from emr_hf.configuration import repo_config
+from emr_hf.configuration import EMRConfig
 from emr_hf.errors import NonFiniteError, OptionError, RecipeError
 from emr_hf.format import tau_name
 from emr_hf.repo import open_repo
@@ -197,7 +197,7 @@ def test_in_memory_and_in_a_repo_are_the_same(bert_inputs, tmp_path, method):
     load = AutoModelForSequenceClassification.from_pretrained
     finetunes = {task: tiny.quietly(load, folder).state_dict() for task, folder in bert_inputs.finetunes.items()}
     base = tiny.quietly(load, bert_inputs.base).state_dict()
-    shared = repo_config(out).merged_parameters
+    shared = EMRConfig.from_pretrained(out).merged_parameters
     merge = emr_hf.merge_state_dicts({name: base[name] for name in shared}, finetunes, method=method)
     model = load(out)
     for task in finetunes:

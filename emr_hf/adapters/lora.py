@@ -87,7 +87,7 @@ def write_lora(repo: FinishedRepo, task: str, folder: Path, rank: int) -> LoraRe
     if repo.config.method == "levels":
         raise OptionError(f"{repo.folder} holds two levels for each weight, not the base that a LoRA is added to")
     skeleton = build_skeleton(repo.source(task), torch.float32)
-    _check_largest(rank, skeleton, repo.config.merged_parameters or [])
+    _check_largest(rank, skeleton)
     kept = repo.task(task, skeleton)
     report = LoraReport(task, rank)
     tied = {name for pair in tied_names(skeleton).items() for name in pair}
@@ -105,9 +105,9 @@ def write_lora(repo: FinishedRepo, task: str, folder: Path, rank: int) -> LoraRe
     return report
 
 
-def _check_largest(rank: int, skeleton: PreTrainedModel, merged: Collection[str]) -> None:
-    """Raise where factors would be larger than every weight that they stand for."""
-    most = max((side for name in merged for side in skeleton.get_parameter(name).shape), default=0)
+def _check_largest(rank: int, skeleton: PreTrainedModel) -> None:
+    """Raise where a rank is larger than any weight has rows or columns, those of a convolution's kernels together."""
+    most = max((max(len(w), w[0].numel()) for w in skeleton.parameters() if w.dim() > 1 and len(w)), default=1)
     if rank > most:
         raise OptionError(f"rank={short(rank)}: expected at most {most:,}, the largest side of a weight")
 

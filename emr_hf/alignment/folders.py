@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoint import build_skeleton, model_class_of
 from ..errors import CheckpointError, OptionError, RecipeError, one_line, short
 from ..mapped_files import guarded_reads
-from ..publication import Kind, atomic_folder, check_holds_no_input, claim
+from ..publication import Kind, atomic_folder, claim
 from ..regular_file import require_file
 from ..repo import copy_side_files, is_written_by_us
 from ..sources import Source, open_source
@@ -36,7 +36,7 @@ def _owns(folder: Path, place: Path) -> bool:
     return str(place) == SYMMETRIES_NAME or (len(place.parts) == 2 and is_written_by_us(Path(place.name)))
 
 
-_ALIGNED = Kind("aligned models", lambda folder: (folder / SYMMETRIES_NAME).is_file(), _owns)
+_ALIGNED = Kind("folder of aligned models", lambda folder: (folder / SYMMETRIES_NAME).is_file(), _owns)
 
 
 def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> AlignmentPlan:
@@ -65,7 +65,6 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
     path = settings.pop("data", None)
     batches = read_batches(path) if path is not None else None
     sources = {task: open_source(reference, task) for task, reference in recipe.finetunes.items()}
-    check_holds_no_input(target, [(task, path) for task, source in sources.items() for path in source.paths])
     folders = folder_names(sources)
     models = {task: _load(source) for task, source in sources.items()}
     read = [source.storage for source in sources.values()] + [ModelStorage(task, models[task]) for task in models]
