@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -119,6 +118,8 @@ class Domain:
         folder = self.tasks[task].folder
         if self.adapter is None:
             return self.auto.from_pretrained(folder)
+        from peft import PeftModel
+
         model = self.auto.from_pretrained(self.base, config=AutoConfig.from_pretrained(folder))
         model = PeftModel.from_pretrained(model, folder)
         return model.merge_and_unload() if self.adapter == "lora" else model

@@ -7,10 +7,9 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig
 from torch import Tensor
 from transformers import (
     AutoModelForImageClassification,
@@ -28,6 +27,9 @@ from domain import Data, Domain, Task, cut  # noqa: E402
 from idx import read_idx  # noqa: E402
 from networks import Network, SmallTask, Training, small_domain  # noqa: E402
 from registry import FASHION_MNIST, MINILM, fetch  # noqa: E402
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 GLYPH_ROWS = 300
 """Test rows of a script, at most."""
@@ -214,6 +216,20 @@ def tiny_text(name: str, seed: int, adapter: PeftConfig | None = None) -> Domain
     return small_domain(network, name, seed, tasks)
 
 
+def _tiny_lora(seed: int) -> Domain:
+    from peft import LoraConfig
+
+    settings = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=16, target_modules=["query", "value", "dense"])
+    return tiny_text("lora", seed, settings)
+
+
+def _tiny_ia3(seed: int) -> Domain:
+    from peft import IA3Config
+
+    targets = {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]}
+    return tiny_text("ia3", seed, IA3Config(task_type="SEQ_CLS", **targets))
+
+
 def _words(index: int) -> Data:
     generator = torch.Generator().manual_seed(index)
     labels = torch.randint(TINY_LABELS, (240,), generator=generator)
@@ -250,18 +266,8 @@ def _patterns(index: int) -> Data:
 QUICK: dict[str, Callable[[int], Domain]] = {
     "text": lambda seed: tiny_text("text", seed),
     "vision": lambda seed: tiny_images("vision", seed),
-    "lora": lambda seed: tiny_text(
-        "lora", seed, LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=16, target_modules=["query", "value", "dense"])
-    ),
-    "ia3": lambda seed: tiny_text(
-        "ia3",
-        seed,
-        IA3Config(
-            task_type="SEQ_CLS",
-            target_modules=["key", "value", "output.dense"],
-            feedforward_modules=["output.dense"],
-        ),
-    ),
+    "lora": _tiny_lora,
+    "ia3": _tiny_ia3,
 }
 """Domain -> its smoke test; of glyphs see `tiny_images`."""
 

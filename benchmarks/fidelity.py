@@ -36,9 +36,9 @@ from cache import cache_root
 from domain import Domain
 from measuring import circumstances, machine_line, pyplot_for_svg, write_json
 from methods import BASE, CONTENDERS, INDIVIDUAL, Checkpoints, Contender
-from training import quiet
 
 from emr_hf.errors import EMRError
+from emr_hf.quiet import quiet_libraries
 from emr_hf.report import human, markdown_table
 
 NAMES = ("text", "vision", "glyphs", "lora", "ia3", "generation")
@@ -346,7 +346,7 @@ def run(options: argparse.Namespace) -> dict[tuple[str, int | None], list[Result
 
 def main() -> None:
     options = parse()
-    quiet()
+    quiet_libraries()
     found = run(options)
     if options.train_only:
         return

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import set_seed
 from cache import build_once, cache_root
 from causal_lm import base
 from domain import Data, Domain, Examiner, Task
-from peft import LoraConfig, get_peft_model
 from registry import ORANGE_TEXT, SMOLLM2, fetch
 from text_data import distinct, read_pair
 from tqdm.auto import tqdm
@@ -28,7 +28,6 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 300, 50, 100
@@ -195,6 +194,8 @@ def training_settings(task: str, seed: int) -> dict[str, Any]:
 
 
 def _train(task: str, settings: Mapping[str, Any], folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
     tokenizer = load_tokenizer()
     items = encode(load_pairs(task)[0], tokenizer)
     announce(task, items, settings)

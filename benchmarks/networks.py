@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,6 +19,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
 from cache import RECORD, build_once, cache_root  # noqa: E402
 from domain import Data, Domain, Task  # noqa: E402
 from training import seeded  # noqa: E402
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def _finetune(network: Network, base: Path, task: SmallTask, settings: Mapping[s
         torch.manual_seed(settings["seed"])
         model = network.auto.from_pretrained(base, num_labels=task.labels)
         if network.adapter is not None:
+            from peft import get_peft_model
+
             model = get_peft_model(model, network.adapter)
         data = task.read()
         print(f"finetuning {network.name} on {folder.name}: {len(data.train)} items", file=sys.stderr, flush=True)

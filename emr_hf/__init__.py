@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         RecipeError,
         RepoError,
         SymmetryError,
+        TensorError,
         UnknownTaskError,
     )
     from .evaluation import Evaluation, evaluate_task
@@ -68,6 +69,7 @@ _PLACES = {
             "RecipeError",
             "RepoError",
             "SymmetryError",
+            "TensorError",
             "UnknownTaskError",
         ),
         "errors",
@@ -134,6 +136,7 @@ __all__ = [
     "Symmetries",
     "SymmetryError",
     "TaskReport",
+    "TensorError",
     "UnknownTaskError",
     "add_task",
     "align",

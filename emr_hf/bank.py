@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .bits import packed_size
 from .election import TAU_DTYPES
+from .format import flat_name
 from .lowbit import BITS, Codes, infos, is_packed
-from .repo import flat_name
 
 PrivateSpec = Mapping[str, tuple[torch.Size, torch.dtype]]
 

@@ -15,17 +15,13 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .lengths import packed_size, require, require_floats, require_number, require_part, require_shape
 from .lowbit import Codes
 
 # Elements rebuilt at a time on the CPU: small enough for the cache and for torch to stay on one thread.
 _CHUNK = 1 << 15
 # Elements decoded at a time there: what a piece costs by itself counts for more than the cache.
 _DECODED = 1 << 18
-
-
-def packed_size(numel: int) -> int:
-    """Bytes of a packed mask of `numel` elements."""
-    return (numel + 7) // 8
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -38,8 +34,14 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Undo `pack`: a bool tensor of `shape`, on the packed tensor's device."""
-    return _unpack_flat(packed, 0, int(np.prod(shape, dtype=np.int64))).to(torch.bool).reshape(shape)
+    """Undo `pack`: a bool tensor of `shape`, on the packed tensor's device.
+
+    Raises:
+        TensorError: the mask is not of that shape's length.
+    """
+    numel = torch.Size(shape).numel()
+    require("packed mask", packed, packed_size(numel), torch.uint8)
+    return _unpack_flat(packed, 0, numel).to(torch.bool).reshape(shape)
 
 
 def is_empty(packed: Tensor) -> bool:
@@ -71,8 +73,14 @@ def rebuild(base: Tensor, tau: Tensor | Codes, packed: Tensor, rescaler: Tensor,
 
     Returns:
         `out`.
+
+    Raises:
+        TensorError: shapes, lengths or dtypes are not those above.
     """
     out = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
+    require_shape("base", base.shape, out.shape)
+    require_shape("unified vector", tau.shape, out.shape)
+    require_floats("rescaler", rescaler, 1)
     device = out.device
     # Subtracting a masked +0.0 keeps every base as it is, -0.0 too; adding one would turn -0.0 into 0.0.
     minus_rescaler = -rescaler.to(device, torch.float32)
@@ -89,9 +97,8 @@ def rebuild(base: Tensor, tau: Tensor | Codes, packed: Tensor, rescaler: Tensor,
     elif device.type == "cuda" and _has_triton():
         from . import triton_kernels
 
-        triton_kernels.rebuild(
-            flat_base.to(device), flat_tau.to(device), packed.to(device).contiguous(), minus_rescaler, flat_out
-        )
+        on_device = [given.to(device).contiguous() for given in (flat_base, flat_tau, packed)]
+        triton_kernels.rebuild(on_device[0], on_device[1], on_device[2], minus_rescaler, flat_out)
     else:
         _rebuild_with_torch(flat_base, flat_tau, packed, minus_rescaler, flat_out)
     if not flat_out.is_inference():
@@ -105,6 +112,11 @@ def rebuild_part(
     base: Tensor, tau: Tensor | Codes, packed: Tensor, rescaler: Tensor, out: Tensor, part: slice
 ) -> None:
     """[`rebuild`] elements `start` (a multiple of 8) to `stop` of flat tensors."""
+    numel = out.numel()
+    require_part("elements to rebuild", part, numel)
+    require_shape("base", base.shape, out.shape)
+    require_number("elements of the unified vector", tau.numel(), numel)
+    require("packed mask", packed, packed_size(numel), torch.uint8)
     step = max(part.stop - part.start, 1)
     if isinstance(tau, Codes) and out.device.type == "cpu":
         step = _DECODED
@@ -121,6 +133,9 @@ def _has_triton() -> bool:
 def _rebuild_with_torch(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: Tensor, out: Tensor) -> None:
     """[`rebuild`] of flat tensors, by its definition."""
     device, numel = out.device, out.numel()
+    require("packed mask", packed, packed_size(numel), torch.uint8)
+    for what, tensor in (("base", base), ("unified vector", tau), ("output", out)):
+        require_floats(what, tensor, numel)
     step = _CHUNK if device.type == "cpu" else max(numel, 1)
     for start in range(0, numel, step):
         part = slice(start, min(start + step, numel))
@@ -136,14 +151,22 @@ class StoredVector:
 
     Attributes:
         tau, packed, rescaler: as for [`rebuild`].
+
+    Raises:
+        TensorError: the mask is not of the vector's length, or there is not one rescaler.
     """
 
     tau: Tensor | Codes
     packed: Tensor
     rescaler: Tensor
 
+    def __post_init__(self) -> None:
+        require("packed mask", self.packed, packed_size(self.tau.numel()), torch.uint8)
+        require_floats("rescaler", self.rescaler, 1)
+
     def __getitem__(self, where: slice) -> Tensor:
         """Elements `start` (a multiple of 8) to `stop` of the flat vector, float32."""
+        require_part("vector", where, self.tau.numel())
         tau = self.tau[where] if isinstance(self.tau, Codes) else self.tau.reshape(-1)[where]
         packed = self.packed[where.start // 8 : packed_size(where.stop)]
-        return rebuild(torch.zeros(tau.shape), tau, packed, self.rescaler)
+        return rebuild(torch.zeros(tau.shape, dtype=torch.float32), tau, packed, self.rescaler)

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .mapped_files import WatchedMemory
 from .sources import Source
 from .storage import Storage, TensorInfo
 
@@ -34,6 +35,10 @@ class MedianStorage:
             for name, info in first.infos.items()
             if all(name in other.infos and other.infos[name].shape == info.shape for other in others)
         }
+
+    @property
+    def files(self) -> Sequence[WatchedMemory]:
+        return [file for storage in self.storages for file in storage.files]
 
     def read(self, name: str) -> Tensor:
         first, *others = (storage.read(name) for storage in self.storages)

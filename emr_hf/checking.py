@@ -14,31 +14,20 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from . import lowbit
 from .adapters import binding, ia3
 from .adapters.delta import AdapterCheckpoint
 from .adapters.layers import require_peft
-from .bits import packed_size
 from .centre import stand_in
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton, is_head, tied_names
-from .election import TAU_DTYPES
+from .disk import writing
 from .errors import CheckpointError, MismatchError, OptionError, RepoError, one_line, short
+from .format import LAYOUTS, tensors_of
+from .hub import MERGED_REPO
 from .json_file import read_json
 from .plan import Plan, dtype_name
+from .publication import Target, check_holds_no_input, check_target
 from .recipe import Recipe, patterns
-from .repo import (
-    GENERATION_CONFIG,
-    LAYOUTS,
-    SIDE_FILES,
-    check_target,
-    mask_name,
-    model_name,
-    private_name,
-    rescaler_name,
-    scale_name,
-    tau_name,
-    writing,
-)
+from .repo import GENERATION_CONFIG, SIDE_FILES, check_own
 from .report import human
 from .sources import MERGEABLE_DTYPES, Adapter, Source, open_input, open_source
 from .storage import TensorInfo
@@ -81,9 +70,7 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
         raise OptionError("save_as='peft': the base is a loaded model without a path: an adapter has to name its base")
     if save_as == "peft":
         require_peft()
-    if out is not None:
-        with writing(Path(out)):
-            check_target(Path(out), overwrite)
+    target = None if out is None else check_target(out, MERGED_REPO, overwrite)
     if recipe.align is not None:
         from .alignment.folders import check_alignment
 
@@ -96,9 +83,9 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
         raise OptionError(
             "method='levels' replaces the base, but the base of (IA)³ vectors is one: use 'fit' or 'emr'"
         )
-    if out is not None:
-        with writing(Path(out)):
-            check_space(plan, Path(out))
+    if target is not None:
+        with writing(target.out):
+            check_space(plan, target)
     return plan
 
 
@@ -241,8 +228,10 @@ def _check_side_files(source: Source) -> None:
     if folder is None:
         return
     for name in (*SIDE_FILES, GENERATION_CONFIG):
-        if os.path.isfile(folder / name) and not os.access(folder / name, os.R_OK):
-            raise CheckpointError(f"{label}: cannot read {folder / name}: no permission")
+        if os.path.isfile(folder / name):
+            check_own(folder / name, folder)
+            if not os.access(folder / name, os.R_OK):
+                raise CheckpointError(f"{label}: cannot read {folder / name}: no permission")
     if os.path.lexists(path := folder / "tokenizer_config.json"):
         read_json(path, label)
     if os.path.lexists(path := folder / GENERATION_CONFIG):
@@ -358,26 +347,11 @@ def _list_skipped(plan: Plan) -> None:
 
 
 def _outputs(plan: Plan) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of everything the repo will hold, base first, then the vector, then task by task."""
-    tau_dtype = plan.recipe.tau_dtype
-    shapes = {name: plan.base.infos[name].shape for name in plan.merged}
-    outputs = {}
-    if plan.save_as == "model":
-        for name in (*plan.merged, *plan.kept):
-            outputs[model_name(name)] = TensorInfo(plan.base.infos[name].shape, plan.dtypes[name])
-    for name, shape in shapes.items():
-        if lowbit.is_packed(tau_dtype, shape):
-            outputs[tau_name(name)], outputs[scale_name(name)] = lowbit.infos(tau_dtype, shape)
-        else:
-            outputs[tau_name(name)] = TensorInfo(shape, TAU_DTYPES.get(tau_dtype, torch.float32))
-    for task, key in plan.task_keys.items():
-        infos = plan.finetunes[task].infos
-        for name in plan.merged:
-            outputs[mask_name(key, name)] = TensorInfo((packed_size(infos[name].numel),), torch.uint8)
-        for name in plan.private:
-            outputs[private_name(key, name)] = infos[name]
-        outputs[rescaler_name(key)] = TensorInfo((), torch.float32)
-    return outputs
+    """Everything the repo will hold."""
+    base = {name: TensorInfo(plan.base.infos[name].shape, plan.dtypes[name]) for name in (*plan.merged, *plan.kept)}
+    infos = {key: plan.finetunes[task].infos for task, key in plan.task_keys.items()}
+    private = {key: {name: own[name] for name in plan.private} for key, own in infos.items()}
+    return tensors_of(base, plan.merged, private, plan.recipe.tau_dtype, plan.save_as)
 
 
 def _load_dtypes(skeleton: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -447,11 +421,14 @@ def config_differences(plan: Plan, task: str) -> list[str]:
     ]
 
 
-def check_space(plan: Plan, out: Path) -> None:
-    """Raise RepoError where the disk has no room for what the plan writes."""
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+def check_space(plan: Plan, target: Target) -> None:
+    """Take a target into a plan; raise RepoError where that would delete an input, or the disk has no room."""
+    plan.target = target
+    plan.warnings += target.notes
+    sources = [checkpoint.source for checkpoint in (plan.base, *plan.finetunes.values())]
+    if plan.repo is None:
+        check_holds_no_input(target, [(source.label, path) for source in sources for path in source.paths])
+    parent = next(parent for parent in target.out.parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < plan.bytes_out:
-        raise RepoError(f"no space for {out}: needs {human(plan.bytes_out)}, {human(free)} are free")
+        raise RepoError(f"no space for {target.out}: needs {human(plan.bytes_out)}, {human(free)} are free")

@@ -36,7 +36,7 @@ from .storage import TensorInfo, reserve
 # Heads of models whose class does not keep them apart from a named body.
 _HEAD = re.compile(r"^(classifier|score|qa_outputs|classification_head|projector|head|logits_proj|fc)\.")
 
-_SPARE_PARTS = 10_000  # of a model of which only a part is stored
+SPARE_PARTS = 10_000  # of a model of which only a part is stored
 
 
 def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
@@ -51,7 +51,7 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         config = deepcopy(source.config)
         stored = (source.base or source).storage.infos
         with (
-            _parts_limited(_SPARE_PARTS + 16 * len(stored)),
+            parts_limited(len(stored)),
             ContextManagers(model_class.get_init_context(dtype, False, False, False)),
         ):
             return model_class(config)
@@ -62,11 +62,12 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @contextmanager
-def _parts_limited(most: int) -> Iterator[None]:
-    """Raise MismatchError where this thread makes a model of more modules and parameters than so many.
+def parts_limited(stored: int) -> Iterator[None]:
+    """Raise MismatchError where this thread makes a model of far more modules and parameters than tensors are stored.
 
     A configuration of a few bytes may ask for as many layers as it likes.
     """
+    most = SPARE_PARTS + 16 * stored
     thread, count = threading.get_ident(), 0
 
     def counted(*_: object) -> None:

@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__
-from .distributed import is_main_process, launch, launched_size
+from .distributed import PARTNER_TIMEOUT, is_main_process, launch, launched_size
 from .errors import EMRError, OptionError, one_line
+from .quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         status = _launch(options)
         if status is None:
-            _quiet_transformers()
+            quiet_libraries()
             options.run(options)
             print(end="", flush=True)  # what is not yet written out may still fail
         return status or 0
@@ -99,13 +100,6 @@ def _complain(message: str, everywhere: bool = False) -> None:
             print(f"emr-hf: {message}", file=sys.stderr)
 
 
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="emr-hf",
@@ -134,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="to work with in each process (default: as many as torch has)")
     sub.add_argument("--num-processes", type=int, help="to share the work out among (default: the launcher's, or one)")
     sub.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: %(default)s)")
+    sub.add_argument(
+        "--partner-timeout",
+        type=float,
+        default=PARTNER_TIMEOUT,
+        metavar="SECONDS",
+        help="end when a process is stopped, hung or out of reach for so long; busy it may be (default: %(default)g)",
+    )
     sub = verb("align", _align, "write a recipe's models with their units in the first one's order", "recipe", "out")
     sub.add_argument("--overwrite", action="store_true", help="replace what an earlier alignment wrote")
     sub = verb(
@@ -146,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_overwrite(sub)
     _add_format(sub)
     sub = verb("inspect", _inspect, "print what a merged repo holds", "repo")
+    sub.add_argument("--verify", action="store_true", help="compare the tensor files with the digests in the report")
     sub.add_argument("--plot", metavar="FILE", help="draw what was lost, layers by tasks: .png, .svg or .pdf")
     _add_format(sub)
     sub = verb("eval", _eval, "measure a task of a merged repo on labelled data", "repo")
@@ -251,6 +253,7 @@ def _merge(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         threads=options.threads,
         device=options.device,
+        partner_timeout=options.partner_timeout,
         tell=lambda plan: print(plan, file=sys.stderr),
     )
     if is_main_process():
@@ -285,7 +288,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     if options.plot is not None:
         check_plot(options.plot)
-    found = inspect(options.repo)
+    found = inspect(options.repo, verify=options.verify)
     if options.plot is not None:
         print(f"emr-hf: wrote {found.plot(options.plot)}", file=sys.stderr)
     _show(found, options.format)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
-from pathlib import Path
 from typing import Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import ADAPTER_CONFIG_NAME
 
-from .errors import OptionError, RepoError, UnknownTaskError
-from .repo import FORMAT_VERSION, MODEL_TYPE, layout_of
+from .errors import OptionError, RepoError, UnknownTaskError, one_line
+from .format import FORMAT_VERSION, MODEL_TYPE
+from .schema import check_configuration, check_version
 
 # Fields that both configurations have and that are about the model as a whole.
 _SHARED_FLAGS = ("output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward")
@@ -42,6 +41,11 @@ class EMRConfig(PreTrainedConfig):
         recipe: what was merged, as in a recipe file, with published names.
         report: the numbers of [`MergeReport`].
         emr_format: version of the repo's format.
+        tensors: name -> [shape, dtype] of the base's tensors in the repo, or beside an adapter of the merged ones;
+            `None` in repos of older versions.
+
+    Raises:
+        RepoError: `from_dict`, and so whatever reads a configuration, of a field that is wrong.
     """
 
     model_type = MODEL_TYPE
@@ -62,13 +66,32 @@ class EMRConfig(PreTrainedConfig):
     recipe: Any = None
     report: Any = None
     emr_format: int = FORMAT_VERSION
+    tensors: Any = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        place = f"{kwargs['name_or_path']}: " if kwargs.get("name_or_path") else ""
+        try:
+            check_configuration(config_dict)
+            return super().from_dict(config_dict, **kwargs)
+        except RepoError as error:
+            raise RepoError(f"{place}{error}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+            raise RepoError(f"{place}transformers cannot use the configuration: {one_line(error)}") from error
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        try:
+            content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError, RecursionError) as error:
+            raise RepoError(f"{pretrained_model_name_or_path}: cannot read config.json: {one_line(error)}") from error
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # for messages; it is recorded anyway
+        return content, kwargs
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.emr_format > FORMAT_VERSION:
-            raise RepoError(
-                f"the repo's format is version {self.emr_format}, this emr_hf reads up to {FORMAT_VERSION}: "
-                "upgrade emr_hf"
-            )
+        check_version(self.emr_format)
         super().__post_init__(**kwargs)
         # JSON knows no integer keys and is written sorted: restore both.
         tasks = sorted((self.tasks or {}).items(), key=lambda item: item[1]["index"])
@@ -79,6 +102,7 @@ class EMRConfig(PreTrainedConfig):
         if self.recipe is not None:
             self.recipe = {name: self.recipe[name] for name in sorted(self.recipe, key=_recipe_order)}
         self.merged_parameters = self.merged_parameters or []
+        vars(self.base_config).pop("auto_map", None)  # code of others, which is not in this repo
         self.is_encoder_decoder = self.base_config.is_encoder_decoder
         if self.tasks:
             self.default_task = self.default_task or next(iter(self.tasks))
@@ -126,14 +150,6 @@ class EMRConfig(PreTrainedConfig):
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         return self.base_config._get_generation_parameters()
-
-
-def repo_config(folder: Path) -> EMRConfig:
-    """The configuration of a merged repo of either layout."""
-    if layout_of(folder) == "peft":
-        settings = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-        return EMRConfig.from_dict(settings["emr"])
-    return EMRConfig.from_pretrained(folder)
 
 
 def task_entry(config: PreTrainedConfig, **entry: Any) -> dict[str, Any]:

@@ -6,21 +6,26 @@ The processes are those of `accelerate launch`, `torchrun` or `mpirun`, of a pro
 
 from __future__ import annotations
 
+import ctypes
 import os
+import pickle
 import platform
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .errors import EMRError, OptionError, ProcessError, one_line
+from .heartbeats import Heartbeats
 
 if TYPE_CHECKING:  # the command line starts processes without torch
     import torch
@@ -32,11 +37,23 @@ _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 _SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
-# A process that has ended is noticed at once, so this is how much longer than another one a living one may take.
+PARTNER_TIMEOUT = 300.0
+"""Seconds after which a process that shows no life is given up."""
+
+# One that has ended or shows no life is noticed before, so this is how much longer than another a living one may take.
 _PATIENCE = timedelta(days=7)
 
-# Seconds that other processes have to say why they fail when one has, and then to clean up.
-_TO_FAIL, _TO_CLEAN_UP = 5.0, 30.0
+# Seconds that processes have to come to the merge: those of torch. One that has not come can show no life.
+_TO_MEET = 1800.0
+
+# Seconds that other processes have to say why they fail when one has, and then to clean up; and what a process has to
+# clean up after a signal before the system ends it.
+_TO_FAIL, _TO_CLEAN_UP, _TO_LEAVE = 5.0, 20.0, 15
+
+# Says to a process that its standard input is a pipe from its launcher.
+_LAUNCHED = "EMR_HF_LAUNCHED"
+
+_stands_in = False  # for the main process, which shows no life
 
 
 def _from_environment(names: Sequence[str]) -> int | None:
@@ -51,7 +68,7 @@ def launched_size() -> int:
 
 def is_main_process() -> bool:
     """Whether this is the process of the launcher's that prints."""
-    return launched_size() == 1 or not _from_environment(_RANK)
+    return _stands_in or launched_size() == 1 or not _from_environment(_RANK)
 
 
 @dataclass
@@ -79,15 +96,19 @@ class Team:
     Attributes:
         rank: this process; 0 is the main one, which makes and finishes the repo.
         size: how many there are.
-        group: their gloo group; `None` for one process, which needs none.
+        heartbeats: their signs of life; `None` for one process, which needs none.
+        group: their gloo group, once they have met.
         machines: where each of them runs, by rank.
     """
 
     rank: int = 0
     size: int = 1
+    heartbeats: Heartbeats | None = None
     group: Any = None
     leaving: Leaving = field(default_factory=Leaving)
     machines: Sequence[str] = ("",)
+    _written: str = "nothing was written"
+    _busy: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -103,29 +124,104 @@ class Team:
         """The processes that do not."""
         return [rank for rank, machine in enumerate(self.machines) if machine != self.machines[0]]
 
+    def meet(self) -> None:
+        """Wait until all have come, and make their group.
+
+        Raises:
+            ProcessError: one does not come, has ended or shows no life.
+        """
+        from torch import distributed
+
+        assert self.heartbeats is not None
+        limit = max(_TO_MEET, self.heartbeats.bound)
+        deadline = time.monotonic() + limit
+        while absent := self.heartbeats.absent:
+            self.check()
+            if time.monotonic() > deadline:
+                raise ProcessError(f"{_named(absent)} not come to it within {limit:g} s; {self._written}")
+            time.sleep(0.01)
+        self._busy = True
+        group = _in_thread(lambda: distributed.new_group(backend="gloo", timeout=_PATIENCE))
+        self.group = self._wait(group.done, group.result)
+        self.machines = self.gather(_machine())
+
+    def part(self) -> None:
+        """Let go of the others, even of those that do not answer."""
+        from torch import distributed
+
+        assert self.heartbeats is not None
+        self.heartbeats.end(leaving=self._busy)
+        if self.group is None:
+            return
+        if self._busy:  # the end of a group waits for what it does, so this one is to outlive Python itself
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
+        else:
+            distributed.destroy_process_group(self.group)
+
+    def check(self, part: float = 1.0) -> None:
+        """Raise ProcessError if a process has shown no life for a part of the time that it has, or has given up."""
+        global _stands_in
+        if self.heartbeats is None:
+            return
+        left = self.heartbeats.left
+        # Who gives up does so for a cause, and the others are about to see it too.
+        if silent := self.heartbeats.silent(min(part, 0.5) if left else part):
+            _stands_in = silent[0] == 0 and self.rank == min({*range(self.size)} - {*silent}, default=0)
+            # Of itself this process knows better: it is not the main one that keeps the store then.
+            subject = "the launcher of this merge has" if self.rank in silent else _named(silent)
+            raise ProcessError(
+                f"{subject} shown no life for {self.heartbeats.bound:g} s (--partner-timeout): "
+                f"stopped, hung or out of reach; {self._written}"
+            )
+        if left:
+            raise ProcessError(f"{_named(left)} left it; {self._written}")
+
+    def _wait(self, done: Callable[[], bool], result: Callable[[], T]) -> T:
+        """The result of what may wait for others, here and not in torch, where no signal would be taken.
+
+        Raises:
+            ProcessError: another process has ended or shows no life.
+        """
+        try:
+            while not done():
+                self.check()
+                time.sleep(0.01)
+            self._busy = False
+            return result()
+        except RuntimeError as error:
+            self.check(part=0.5)  # one of those that have noticed it may have ended before this one has
+            raise ProcessError(
+                f"another process of this merge has ended, killed or out of memory; {self._written}"
+            ) from error
+
+    def _all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        from torch import distributed
+
+        self.check()
+        parts = [tensor.clone() for _ in range(self.size)]
+        self._busy = True
+        work = distributed.all_gather(parts, tensor, self.group, async_op=True)
+        self._wait(work.is_completed, work.wait)
+        return parts
+
     def gather(self, value: T) -> list[T]:
         """Everyone's value, by rank.
 
         Raises:
-            ProcessError: one of the processes has ended.
+            ProcessError: one of the processes has ended or shows no life.
         """
-        if self.group is None:
+        if self.size == 1:
             return [value]
-        from torch import distributed
+        import torch
 
-        values: list[Any] = [None] * self.size
+        content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         try:
-            arrival = distributed.barrier(self.group, async_op=True)
-            while not arrival.is_completed():  # here and not in torch, where no signal would be taken
-                time.sleep(0.01)
-            arrival.wait()
-            distributed.all_gather_object(values, value, self.group)
-        except RuntimeError as error:
+            lengths = [int(length) for length in self._all_gather(torch.tensor([content.numel()]))]
+            parts = self._all_gather(torch.nn.functional.pad(content, (0, max(lengths) - content.numel())))
+        except ProcessError:
             self.leaving.begun = True
-            raise ProcessError(
-                "another process of this merge has ended, killed or out of memory; nothing was written"
-            ) from error
-        return values
+            raise
+        return [pickle.loads(part[:length].numpy().tobytes()) for part, length in zip(parts, lengths)]
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Do `work` in every process; everyone's result, by rank. What one raises is raised in all."""
@@ -157,6 +253,16 @@ class Team:
         """[`together`], where the main process works for all."""
         return self.together(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
 
+    def conclude(self, work: Callable[[], object]) -> None:
+        """[`lead`], for what publishes the repo: done is done, even if the others do not hear of it any more."""
+        done = []
+        self._written = "the main process may have written the repo"
+        try:
+            self.lead(lambda: done.append(work()))
+        except ProcessError:
+            if not done:
+                raise
+
     def _for_others(self, error: Exception) -> Exception:
         """An error as another process can raise it."""
         if isinstance(error, EMRError):
@@ -169,48 +275,93 @@ class Team:
 ALONE = Team()
 
 
+def _named(ranks: Sequence[int]) -> str:
+    """The subject of an error."""
+    if len(ranks) == 1:
+        return f"process {ranks[0]} of this merge has"
+    return f"processes {', '.join(map(str, ranks))} of this merge have"
+
+
+def _in_thread(call: Callable[[], T]) -> futures.Future[T]:
+    """What a call returns in a thread that nothing waits for when this process ends."""
+    outcome: futures.Future[T] = futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
+
+
 @contextmanager
-def team(device: torch.device | str) -> Iterator[Team]:
+def team(device: torch.device | str, partner_timeout: float = PARTNER_TIMEOUT) -> Iterator[Team]:
     """The processes to share a merge out among; one, where no launcher and no process group says otherwise.
 
     Args:
         device: where the merge computes; every process takes one of its kind.
+        partner_timeout (*optional*): seconds after which one that shows no life is given up.
 
     Raises:
         ProcessError: the processes do not find each other.
-        OptionError: there are no process groups for such a device.
+        OptionError: there are no process groups for such a device, or that is no time to wait.
     """
     from torch import distributed
 
-    if (group := _join(device)) is None:
+    _check_timeout(partner_timeout)
+    if not _connect(device):
         yield ALONE
         return
+    store = distributed.distributed_c10d._get_default_store()
+    rank, size = distributed.get_rank(), distributed.get_world_size()
     with stoppable() as leaving:
-        team = Team(distributed.get_rank(), distributed.get_world_size(), group, leaving)
+        team = Team(rank, size, Heartbeats(store, rank, size, partner_timeout), leaving=leaving)
         try:
-            team.machines = team.gather(_machine())
+            team.meet()
             yield team
         finally:
-            distributed.destroy_process_group(group)
+            team.part()
 
 
-def _join(device: torch.device | str) -> Any:
-    """A group of the processes that there are; `None` for one."""
+def _check_timeout(seconds: object) -> None:
+    most = int(_PATIENCE.total_seconds())
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 1 <= seconds <= most:
+        raise OptionError(f"partner_timeout={seconds!r}: expected seconds, from 1 to {most}")
+
+
+def _connect(device: torch.device | str) -> bool:
+    """Make the default process group unless it is there; whether there are several processes."""
     from torch import accelerator, distributed
 
     if not distributed.is_available() or (launched_size() == 1 and not distributed.is_initialized()):
-        return None
+        return False
     try:
         if not distributed.is_initialized():
             from accelerate import PartialState
 
-            PartialState(cpu=str(device) == "cpu" or not accelerator.is_available())
+            with _interrupted_at_once():
+                PartialState(cpu=str(device) == "cpu" or not accelerator.is_available())
         if not distributed.is_initialized():
             raise OptionError(f"device={str(device)!r}: accelerate knows no process group for it on this machine")
-        several = distributed.get_world_size() > 1
-        return distributed.new_group(backend="gloo", timeout=_PATIENCE) if several else None
+        return distributed.get_world_size() > 1
     except RuntimeError as error:
         raise ProcessError(f"the processes do not find each other: {one_line(error)}") from error
+
+
+@contextmanager
+def _interrupted_at_once() -> Iterator[None]:
+    """Let Ctrl-C end this process while torch waits for others, of which Python would only hear afterwards."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _machine() -> str:
@@ -243,14 +394,19 @@ def _module(name: str) -> str:
 def stoppable(at_once: bool = True) -> Iterator[Leaving]:
     """Let the first Ctrl-C, SIGTERM or SIGHUP end the block in good order, and no other disturb the cleaning up.
 
-    Launchers end the processes of one that has failed by SIGTERM, which by itself leaves everything lying about.
+    Launchers end the processes of one that has failed by SIGTERM, which by itself leaves everything lying about. Where
+    the cleaning up hangs, the system ends the process.
 
     Args:
         at_once: whether to raise an exception wherever the block is; else the block looks at what this yields.
     """
-    leaving = Leaving()
+    leaving, alarmed = Leaving(), False
 
     def stop(number: int, frame: object) -> None:
+        nonlocal alarmed
+        if at_once and not alarmed:
+            alarmed = True
+            _alarm(_TO_LEAVE)
         if not leaving.begun:
             leaving.begun, leaving.cause = True, number
             if at_once:
@@ -265,8 +421,41 @@ def stoppable(at_once: bool = True) -> Iterator[Leaving]:
     try:
         yield leaving
     finally:
+        if alarmed:
+            _alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _alarm(seconds: int) -> None:
+    """Have the system end this process after a while, whoever holds Python's lock then; 0 calls it off."""
+    # Where the program handles alarms itself it needs the only one that there is.
+    if hasattr(signal, "alarm") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
+        signal.alarm(seconds)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End this process without Python's own cleaning up, which takes seconds and may run into what torch is doing."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody listens any more
+            stream.flush()
+    os._exit(status)
+
+
+def end_with_launcher() -> None:
+    """Let the end of the process that has [`launch`]ed this one, however it comes, be the end of this one."""
+    if os.environ.pop(_LAUNCHED, None):
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:  # as the launcher has been told to
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        threading.Thread(target=_end_with_input, daemon=True).start()
+
+
+def _end_with_input() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_TO_LEAVE)
+    os._exit(128 + signal.SIGTERM)
 
 
 def launch(command: Sequence[str], count: int, out: Path) -> int:
@@ -274,7 +463,7 @@ def launch(command: Sequence[str], count: int, out: Path) -> int:
 
     Args:
         command: what each process is.
-        count: how many there are.
+        count: how many there are. The standard input of each is a pipe, which ends when this process does.
         out: the repo. If the main process is killed, what it had of it is removed here.
 
     Returns:
@@ -286,21 +475,24 @@ def launch(command: Sequence[str], count: int, out: Path) -> int:
     if count < 1:
         raise OptionError(f"num_processes={count}: expected at least 1")
     port = _free_port()
+    pipe = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     with stoppable(at_once=False) as leaving:  # an exception in the midst of a `poll` would leave it locked
         try:
             for rank in range(count):
+                environment = {**_environment(rank, count, port), _LAUNCHED: "1"}
                 # In a session of their own: Ctrl-C is for this process, which ends the others.
-                process = subprocess.Popen(command, env=_environment(rank, count, port), start_new_session=True)
+                process = subprocess.Popen(command, env=environment, stdin=pipe[0], start_new_session=True)
                 processes.append(process)
             failed = _wait(processes, leaving)
         finally:
             leaving.begun = True
             _end(processes)
-            if processes and processes[0].returncode < 0 and processes[0].returncode != -signal.SIGTERM:
-                from .repo import remove_unfinished
+            for end in pipe:
+                os.close(end)
+            from .staging import remove_leftovers
 
-                remove_unfinished(out, processes[0].pid)
+            remove_leftovers(out)  # of a main process that was killed
     leaving.raise_cause()
     status = processes[0].returncode
     if failed is not None and (status < 0 or status >= 128):
@@ -331,11 +523,17 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], leaving: Leaving) -> int | None:
-    """Wait for all to end, not long once one has failed, and not at all after a signal; the first that has failed."""
+    """Wait for all to end, not long once one has failed or the main one is through, and not at all after a signal.
+
+    Returns:
+        the first that has failed.
+    """
     failed, deadline = None, float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline and not leaving.begun:
         if failed is None and (found := _failed(processes)) is not None:
             failed, deadline = found, time.monotonic() + _TO_FAIL
+        if processes[0].poll() == 0:  # the repo is there: the others only have to end
+            deadline = min(deadline, time.monotonic() + _TO_CLEAN_UP)
         time.sleep(0.05)
     return _failed(processes) if failed is None else failed
 
@@ -348,6 +546,8 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """End those that still run."""
     for process in processes:
         process.terminate()
+        if hasattr(signal, "SIGCONT"):
+            process.send_signal(signal.SIGCONT)  # one that is stopped would not take the other
     deadline = time.monotonic() + _TO_CLEAN_UP
     for process in processes:
         try:

@@ -8,9 +8,12 @@ from pathlib import Path
 from .checking import bound, check_space
 from .errors import OptionError, UnknownTaskError
 from .finished import FinishedRepo
+from .format import mask_name, model_name, scale_name, tau_name
+from .hub import MERGED_REPO
 from .merging import elect, write_repo
 from .plan import Plan
-from .repo import WeightsWriter, check_outside, check_target, mask_name, model_name, scale_name, tau_name
+from .publication import check_outside, claim
+from .repo import WeightsWriter
 from .report import MergeReport
 from .sources import Reference, open_input
 
@@ -42,7 +45,7 @@ def add_task(
         OptionError: the repo has a task of that name, or was merged with `method="levels"`.
         EMRError: as for [`merge`].
     """
-    check_target(Path(out), overwrite)
+    target = claim(out, MERGED_REPO, overwrite)
     old = FinishedRepo(repo)
     check_outside(old.folder, Path(out))
     if old.config.method == "levels":
@@ -51,8 +54,8 @@ def add_task(
         raise OptionError(f"{task!r} is a task of {repo} already: choose another name, or remove it first")
     source = bound(open_input(finetune, task), old.base)
     plan = old.plan([*old.config.tasks], old.config.default_task, source)
-    check_space(plan, Path(out))
-    return write_repo(plan, out, overwrite, lambda writer: _keep_account(old.report, elect(plan, writer, progress)))
+    check_space(plan, target)
+    return write_repo(plan, target, lambda writer: _keep_account(old.report, elect(plan, writer, progress)))
 
 
 def remove_task(
@@ -75,7 +78,7 @@ def remove_task(
         UnknownTaskError: the repo has no such task.
         OptionError: it is the only one.
     """
-    check_target(Path(out), overwrite)
+    target = claim(out, MERGED_REPO, overwrite)
     old = FinishedRepo(repo)
     check_outside(old.folder, Path(out))
     old.config.entry(task)
@@ -86,8 +89,8 @@ def remove_task(
         raise UnknownTaskError(default_task, tasks)
     kept_default = old.config.default_task if old.config.default_task in tasks else tasks[0]
     plan = old.plan(tasks, default_task or kept_default)
-    check_space(plan, Path(out))
-    return write_repo(plan, out, overwrite, lambda writer: _copy_merge(old, plan, writer))
+    check_space(plan, target)
+    return write_repo(plan, target, lambda writer: _copy_merge(old, plan, writer))
 
 
 def _keep_account(before: MergeReport, report: MergeReport) -> MergeReport:
@@ -125,7 +128,7 @@ def _copy_merge(old: FinishedRepo, plan: Plan, writer: WeightsWriter) -> MergeRe
         bytes_out=plan.bytes_out,
         bytes_modulators=plan.bytes_modulators,
         bytes_finetunes=old.report.bytes_finetunes - sum(n.nbytes for n in gone) if all(n.nbytes for n in gone) else 0,
-        warnings=[],
+        warnings=list(plan.warnings),
         tensors={},
     )
     report.keep_tensors(old.report.tensors)

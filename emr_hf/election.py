@@ -24,6 +24,7 @@ from torch import Tensor
 from . import bits, kernels
 from .bits import StoredVector
 from .errors import NonFiniteError, OptionError, check_choice
+from .lengths import packed_size, require, require_floats, require_number, require_shape
 
 RESCALERS = ("global", "tensor_mean", "least_squares", "none")
 TAU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -291,7 +292,9 @@ def elect_block(
     Raises:
         NonFiniteError: a NaN or Inf in an input; its `source` is -1 for the base, else the task's position.
         OptionError: the unified vector overflows its dtype.
+        TensorError: lengths or dtypes are not those above.
     """
+    _check_block(base, finetunes, tau, masks)
     part = Partial.empty(base.numel(), len(finetunes))
     if base.numel() == 0:
         return part
@@ -309,6 +312,21 @@ def elect_block(
         if done:
             return part
     return _elect_with_torch(base, finetunes, tau, masks, start, device)  # which says what is wrong, if anything is
+
+
+def _check_block(base: Tensor, finetunes: Sequence[Tensor | TaskVector], tau: Tensor, masks: Sequence[Tensor]) -> None:
+    numel = base.numel()
+    _require_finetunes(finetunes)
+    require_floats("base", base, numel)
+    for given in finetunes:
+        if isinstance(given, TaskVector):
+            require("task vector", given.values, numel, torch.float32)
+        else:
+            require_floats("finetune", given, numel)
+    require_floats("unified vector", tau, numel)
+    require_number("packed masks", len(masks), len(finetunes))
+    for packed in masks:
+        require("packed mask", packed, packed_size(numel), torch.uint8)
 
 
 def _plain(values: Tensor) -> Tensor:
@@ -411,6 +429,21 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def check_shapes(base: Tensor, finetunes: Sequence[Tensor | StoredVector]) -> None:
+    """Raise TensorError unless all finetunes are of the base's shape, OptionError where there are none."""
+    _require_finetunes(finetunes)
+    require_floats("base", base, base.numel())
+    for given in finetunes:
+        require_shape("finetune", (given.tau if isinstance(given, StoredVector) else given).shape, base.shape)
+        if not isinstance(given, StoredVector):
+            require_floats("finetune", given, base.numel())
+
+
+def _require_finetunes(finetunes: Sequence[object]) -> None:
+    if not finetunes:
+        raise OptionError("nothing to merge: expected at least one finetune, got none")
+
+
 @dataclass
 class TensorElection:
     """The election of one tensor, a block at a time, in any order and by any thread.
@@ -419,6 +452,9 @@ class TensorElection:
         base: any shape and float dtype; read as if flat.
         finetunes: N tensors of the base's shape, or what a merge has kept of one.
         device: where the work is done.
+
+    Raises:
+        TensorError: a finetune has another shape.
     """
 
     base: Tensor
@@ -426,6 +462,7 @@ class TensorElection:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
+        check_shapes(self.base, self.finetunes)
         self.base = self.base.reshape(-1)
         self.finetunes = [given if isinstance(given, StoredVector) else given.reshape(-1) for given in self.finetunes]
 

@@ -44,6 +44,10 @@ class MismatchError(EMRError, ValueError):
     """A finetune does not belong to the base: another architecture, vocabulary size, tying or set of tensors."""
 
 
+class TensorError(EMRError, ValueError):
+    """A tensor is not of the length, dtype or place that is about to be read or written."""
+
+
 class NonFiniteError(EMRError, ValueError):
     """A NaN or Inf in a tensor.
 
@@ -70,7 +74,7 @@ class NonFiniteError(EMRError, ValueError):
 
 @contextmanager
 def naming(tensor: str, shape: Sequence[int], inputs: Sequence[str]) -> Iterator[None]:
-    """Let an error in the arithmetic of a merge, a number or an overflow, say where it is.
+    """Let an error in the arithmetic of a merge, such as a number, an overflow or a length, say where it is.
 
     Args:
         tensor, shape: what is merged.
@@ -80,8 +84,8 @@ def naming(tensor: str, shape: Sequence[int], inputs: Sequence[str]) -> Iterator
         yield
     except NonFiniteError as error:
         raise error.located(tensor, shape, inputs[error.source + 1]) from None
-    except OptionError as error:
-        raise OptionError(f"{tensor}: {error}") from None
+    except (OptionError, TensorError) as error:
+        raise type(error)(f"{tensor}: {error}") from None
 
 
 class RepoError(EMRError, OSError):

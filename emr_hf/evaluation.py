@@ -29,14 +29,15 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_co
 from .adapters.binding import base_reference, check_kind
 from .adapters.layers import require_peft
 from .adapters.settings import check_ranks, usable_settings
-from .configuration import EMRConfig, repo_config
+from .configuration import EMRConfig
 from .errors import OptionError, RepoError, one_line, short
 from .exporting import plain_model
 from .finished import FinishedRepo
 from .heads import architectures_of
 from .labelled import LabelledData, label_ids, read_data
 from .merging import working_device
-from .repo import SIDE_FILES, TASKS_FOLDER, layout_of, open_repo
+from .opening import config_of, open_merged, read_settings
+from .repo import SIDE_FILES, TASKS_FOLDER, layout_of
 from .report import table
 from .sources import HUB_ERRORS, Adapter, adapter_settings, as_folder, open_input, read_config
 from .storage import open_adapter
@@ -179,16 +180,15 @@ def _open(repo: str | Path) -> tuple[Path, EMRConfig]:
     """The folder with the tokenizers and the configuration of a merged repo; no weights are fetched."""
     folder = Path(repo)
     if os.path.exists(folder):
-        open_repo(folder)
-    else:
-        names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, *SIDE_FILES, *(f"{TASKS_FOLDER}/*/{name}" for name in SIDE_FILES))
-        try:
-            folder = Path(snapshot_download(str(repo), allow_patterns=list(names)))
-        except HUB_ERRORS as error:
-            raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from None
-        if layout_of(folder) is None:
-            raise RepoError(f"{repo} is no merged repo: its configuration is of another kind")
-    return folder, repo_config(folder)
+        return folder, open_merged(folder).config
+    names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, *SIDE_FILES, *(f"{TASKS_FOLDER}/*/{name}" for name in SIDE_FILES))
+    try:
+        folder = Path(snapshot_download(str(repo), allow_patterns=list(names)))
+    except HUB_ERRORS as error:
+        raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from None
+    if (layout := layout_of(folder)) is None:
+        raise RepoError(f"{repo} is no merged repo: its configuration is of another kind")
+    return folder, config_of(read_settings(folder, layout), layout, folder)
 
 
 def _kind_of(config: EMRConfig, task: str) -> str:

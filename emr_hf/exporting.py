@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -11,10 +12,13 @@ from .adapters.lora import LoraReport, check_rank, write_lora
 from .checkpoint import model_class_of
 from .errors import OptionError
 from .finished import FinishedRepo
+from .mapped_files import guarded_reads
 from .modeling import EMRMergedModel
-from .repo import atomic_folder, copy_side_files, parse_size
+from .publication import Kind, atomic_folder, claim
+from .repo import copy_side_files, parse_size
 
 FORMS = ("model", "lora", "ia3")
+_EXPORT = Kind("folder that may be replaced", lambda folder: False, lambda folder, place: False)
 
 
 def export(
@@ -51,11 +55,14 @@ def export(
         raise OptionError(f"save_as={save_as!r} is unknown: expected one of {', '.join(FORMS)}")
     if (rank is not None) != (save_as == "lora"):
         raise OptionError(f"save_as={save_as!r}, rank={rank!r}: a LoRA needs a rank, and nothing else has one")
+    target = claim(out, _EXPORT)
+    for note in target.notes:
+        warnings.warn(note, stacklevel=2)
     finished = FinishedRepo(repo)
     entry = finished.config.entry(task)
     if save_as != "ia3":
         finished.base  # noqa: B018 - found, or missed, before anything is written
-    with atomic_folder(Path(out)) as folder:
+    with atomic_folder(target) as folder, guarded_reads([finished.storage]) as check_repo:
         report = None
         if save_as == "model":
             plain_model(finished, task).save_pretrained(folder, max_shard_size=shard_bytes)
@@ -64,6 +71,7 @@ def export(
         else:
             _write_ia3(finished, task, folder)
         copy_side_files(finished.folder / (entry["tokenizer"] or ""), folder)
+        check_repo()
     return report
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from copy import deepcopy
 from functools import cached_property
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME
 
 from . import bits
 from .adapters import ia3
@@ -21,24 +19,15 @@ from .adapters.layers import adapted_layers, plain_name
 from .bits import StoredVector
 from .checking import check_finetune, common_architecture, config_differences, fill_plan, finetune_of, use_vectors
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton
-from .configuration import EMRConfig, repo_config
+from .configuration import EMRConfig
 from .errors import MismatchError
+from .format import mask_name, model_name, private_name, rescaler_name, scale_name, tau_name
+from .json_file import read_json
 from .lowbit import BITS, Codes
+from .opening import fetch_repo
 from .plan import Plan
 from .recipe import Recipe
-from .repo import (
-    GENERATION_CONFIG,
-    REPORT_NAME,
-    fetch_repo,
-    layout_of,
-    mask_name,
-    model_name,
-    open_repo,
-    private_name,
-    rescaler_name,
-    scale_name,
-    tau_name,
-)
+from .repo import GENERATION_CONFIG, REPORT_NAME
 from .report import MergeReport, read_tensors
 from .sources import Source, open_source
 from .storage import TensorInfo
@@ -59,10 +48,9 @@ class FinishedRepo:
     """
 
     def __init__(self, repo: str | Path):
-        self.folder = fetch_repo(repo)
-        self.config = repo_config(self.folder)
-        self.layout = str(layout_of(self.folder))
-        self.storage = open_repo(self.folder)
+        opened = fetch_repo(repo)
+        self.folder, self.layout, self.config = opened.folder, opened.layout, opened.config
+        self.storage, self._settings = opened.storage, opened.settings
         self.report = MergeReport.from_dict(self.config.report)
         self.report.keep_tensors(read_tensors(self.folder / REPORT_NAME))
         self.base_place, self.base_revision = self._place_of_base()
@@ -70,8 +58,7 @@ class FinishedRepo:
     def _place_of_base(self) -> tuple[str, str | None]:
         if self.layout == "model":
             return str(self.config.base_model_name_or_path), self.config.base_revision
-        settings = json.loads((self.folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-        return str(settings["base_model_name_or_path"]), settings.get("revision")
+        return str(self._settings["base_model_name_or_path"]), self._settings.get("revision")
 
     @cached_property
     def base(self) -> Source:
@@ -210,7 +197,7 @@ class FinishedTask(NamedTensors):
         settings = self._entry.get("generation_config")
         path = self._folder / GENERATION_CONFIG
         if settings is None and path.is_file():
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = read_json(path, self.source.label)
         own: dict[str, Any] = {name: self._entry[name] for name in ("adapter", "vectors") if name in self._entry}
         return {**own, "generation_config": settings}
 

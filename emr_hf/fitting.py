@@ -21,6 +21,7 @@ from .election import (
     TAU_DTYPES,
     Partial,
     TaskVector,
+    check_shapes,
     elect,
     finite_task_vectors,
     in_segments,
@@ -28,6 +29,7 @@ from .election import (
     whole_sums,
 )
 from .errors import OptionError, check_choice
+from .lengths import require, require_floats, require_rows
 
 METHODS = ("emr", "fit", "levels")
 """EMR-Merging's election; least-squares vector and masks; two levels for each weight, for base and vector."""
@@ -62,7 +64,12 @@ def fit_vector(taus: Tensor, rescalers: Tensor) -> Tensor:
 
     Returns:
         `(n,)` float32.
+
+    Raises:
+        TensorError: lengths or dtypes are not those above.
     """
+    tasks, _ = _check_vectors(taus)
+    require_floats("rescalers", rescalers, tasks)
     given = rescalers > 0
     if not given.any():
         return torch.zeros_like(taus[0])
@@ -94,7 +101,11 @@ def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         low and high, `(n,)` float32 each; equal where all N numbers are, and of two the numbers themselves.
+
+    Raises:
+        TensorError: the numbers are not of that shape and dtype.
     """
+    _check_vectors(values)
     if kernels.fits(values):
         return kernels.two_levels(values)
     best_low, best_high, explained = values[0], values[0], torch.zeros_like(values[0], dtype=torch.float64)
@@ -112,6 +123,13 @@ def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
         best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
         explained = torch.where(better, between, explained)
     return best_low, best_high
+
+
+def _check_vectors(taus: Tensor) -> tuple[int, int]:
+    """Tasks and elements of task vectors."""
+    tasks, count = require_rows("task vectors", taus)
+    require("task vectors", taus, tasks * count, torch.float32)
+    return tasks, count
 
 
 @dataclass
@@ -154,6 +172,8 @@ class TensorFit:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
+        check_shapes(self.base, self.finetunes)
+        require_floats("rescalers", self.rescalers, len(self.finetunes))
         self.bits = lowbit.BITS[self.tau_dtype] if lowbit.is_packed(self.tau_dtype, self.base.shape) else None
         self.columns = lowbit.columns_of(self.base.shape) or 1
         self.base = self.base.reshape(-1)
@@ -248,8 +268,15 @@ def compare(
 
     Returns:
         N packed masks, and sums in which `M_t tau` is what the task moves by in all.
+
+    Raises:
+        TensorError: lengths or dtypes are not those above.
     """
-    count, tasks = used.numel(), len(taus)
+    tasks, count = _check_vectors(taus)
+    require("vector", used, count, torch.float32)
+    require_floats("rescalers", rescalers, tasks)
+    if shift is not None:
+        require("shift", shift, count, torch.float32)
     part = Partial.empty(count, tasks)
     part.counts = torch.zeros(tasks, 3, dtype=torch.int64)
     if kernels.takes(taus, used, *([] if shift is None else [shift])):

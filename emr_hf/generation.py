@@ -41,6 +41,7 @@ class DelegatedGeneration:
                 return mixed.generate(self, emr_task, args, kwargs)
             if emr_task is not None:
                 self.set_task(emr_task)  # type: ignore[attr-defined]
+            self._make_whole()  # type: ignore[attr-defined]
             return self.model.generate(*args, **kwargs)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:

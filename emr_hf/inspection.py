@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from .configuration import EMRConfig, repo_config
+from .configuration import EMRConfig
+from .digests import verify as check_digests
+from .disk import writing
 from .errors import EMRError, RepoError, one_line
+from .format import PARTS, part_of
 from .hub import saved_tensors
 from .layers import by_kind, grid, worst_tensors
+from .opening import check_tensors, fetch_repo, open_merged
 from .plotting import check_plot, plot_layers
-from .repo import PARTS, REPORT_NAME, fetch_repo, open_repo, part_of, writing
+from .repo import REPORT_NAME
 from .report import MergeReport, Tensors, human, table
-from .sources import HUB_ERRORS
+from .sources import HUB_ERRORS, HubStorage
 
 _MOST_COLUMNS = 8
 
@@ -109,18 +113,20 @@ class Inspection:
         return path
 
 
-def inspect(repo: str | Path) -> Inspection:
-    """Look into a merged repo without reading a tensor.
+def inspect(repo: str | Path, verify: bool = False) -> Inspection:
+    """Look into a merged repo without reading a tensor, but the few numbers of rescalers and scales.
 
     Args:
         repo: a folder or a Hub id.
+        verify (*optional*): read all tensor files, of a Hub repo after a download, and compare their SHA-256 digests
+            with those in the repo's report. That finds damage; who changes files on purpose changes the report too.
 
     Raises:
-        RepoError: not a merged repo.
+        RepoError: not a merged repo, or one with missing or damaged parts; with `verify` also one without digests.
     """
+    if verify:
+        check_digests(fetch_repo(repo).folder)
     config, sizes = _read(repo)
-    if not isinstance(config, EMRConfig):
-        raise RepoError(f"{repo} is no merged repo: its model_type is {config.model_type}")
     parts = dict.fromkeys(PARTS, 0)
     for name, size in sizes.items():
         parts[part_of(name)] += size
@@ -149,20 +155,22 @@ def _known_of(config: EMRConfig, saved: Tensors) -> Tensors:
     return {name: entry for name, entry in known.items() if entry["tasks"]}
 
 
-def _read(repo: str | Path) -> tuple[PreTrainedConfig, dict[str, int]]:
+def _read(repo: str | Path) -> tuple[EMRConfig, dict[str, int]]:
     """Configuration, and bytes of every tensor."""
-    folder = Path(repo)
-    if folder.exists():
-        infos = open_repo(folder).infos
-        return repo_config(folder), {name: info.nbytes for name, info in infos.items()}
+    if Path(repo).exists():
+        opened = open_merged(Path(repo))
+        return opened.config, {name: info.nbytes for name, info in opened.storage.infos.items()}
     try:
         if HfApi().file_exists(str(repo), ADAPTER_CONFIG_NAME):
-            return _read(fetch_repo(repo))  # an adapter, which is small
+            opened = fetch_repo(repo)  # an adapter, which is small
+            return opened.config, {name: info.nbytes for name, info in opened.storage.infos.items()}
         config = AutoConfig.from_pretrained(repo, trust_remote_code=False)
-        files = HfApi().get_safetensors_metadata(str(repo)).files_metadata.values()
+        infos = HubStorage(str(repo), str(repo), None).infos
     except EMRError:
         raise
     except HUB_ERRORS as error:
         raise RepoError(f"{repo} is no merged repo, neither here nor on the Hub: {one_line(error)}") from None
-    tensors = [item for file in files for item in file.tensors.items()]
-    return config, {name: info.data_offsets[1] - info.data_offsets[0] for name, info in tensors}
+    if not isinstance(config, EMRConfig):
+        raise RepoError(f"{repo} is no merged repo: its model_type is {config.model_type}")
+    check_tensors(config, infos, "model", repo)
+    return config, {name: info.nbytes for name, info in infos.items()}

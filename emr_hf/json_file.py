@@ -6,19 +6,20 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import CheckpointError, one_line
+from .errors import CheckpointError, one_line, short
 from .regular_file import require_file
 
 LARGEST = 16 << 20  # bytes; settings with ten thousands of labels have one or two million
 DEEPEST = 64
 
 
-def read_json(path: Path, label: str) -> dict[str, Any]:
+def read_json(path: Path, label: str, unique: bool = False) -> dict[str, Any]:
     """Content of a JSON file that holds an object.
 
     Args:
         path: the file.
         label: owner of the file, for the message.
+        unique (*optional*): refuse a key that an object has twice, where Python takes the last.
 
     Raises:
         CheckpointError: no such file, no permission, larger than 16 MB, no JSON, NaN in it, nested more than 64 levels
@@ -29,7 +30,7 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
         if (size := path.stat().st_size) > LARGEST:
             raise ValueError(f"{size:,} bytes are too many for settings")
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text, parse_constant=_constant)
+        content = json.loads(text, **_strict(unique))
         if "\\u" in text:  # half a character, which no file can be written with
             json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
@@ -40,6 +41,18 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
         raise CheckpointError(f"{label}: {path}: expected an object of settings, got {type(content).__name__}")
     if _depth(content) > DEEPEST:  # what copies or compares it would go as deep
         raise CheckpointError(f"{label}: {path} is nested too deeply")
+    return content
+
+
+def _strict(unique: bool) -> dict[str, Any]:
+    return {"parse_constant": _constant, "object_pairs_hook": _once if unique else None}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{short(next(name for name in names if names.count(name) > 1))} is given twice")
     return content
 
 

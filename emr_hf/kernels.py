@@ -3,6 +3,9 @@
 They are used where they are built (docs/performance.md) and give the bits of the torch code that they stand in for, in
 `election.py`, `bits.py`, `fitting.py` and `lowbit.py`. Set the environment variable `EMR_HF_KERNELS` to `off` to do
 without them, or to `plain` for what runs on any processor.
+
+C gets no address here but from `_address`, which raises TensorError unless the tensor is as long as the loop will take
+it to be, whoever calls.
 """
 
 from __future__ import annotations
@@ -16,9 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .errors import TensorError
+from .lengths import packed_size, require, require_number, require_rows
+
 # As in csrc/kernels.cpp.
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TASK_VECTOR = 3
+_UNIT = 1 << 14
+_CODE_BITS = (2, 4, 8)
 
 
 def _load() -> ctypes.CDLL | None:
@@ -39,6 +47,8 @@ def _setting() -> str:
 
 
 _library = _load()
+# The same functions called with Python's lock held: none of them is under way when another thread forks.
+_guards = None if _library is None else ctypes.PyDLL(_library._name, handle=_library._handle)
 _level = 0 if _setting() == "plain" else 1
 if _library is not None:
     _library.emr_elect_scratch.restype = ctypes.c_int64
@@ -50,6 +60,10 @@ if _library is not None:
     _library.emr_two_levels.restype = None
     _library.emr_compare.restype = None
     _library.emr_decode.restype = None
+if _guards is not None:
+    _guards.emr_watch.restype = ctypes.c_void_p
+    _guards.emr_hits.restype = ctypes.c_int64
+    _guards.emr_all_hits.restype = ctypes.c_int64
 
 
 def available() -> bool:
@@ -84,25 +98,27 @@ def elect(
         whether all went well; else an input is not finite or the vector overflows.
     """
     assert _library is not None
-    tasks = len(finetunes)
+    numel, tasks, units = base.numel(), len(finetunes), -(-base.numel() // _UNIT)
+    require_number("task vectors", len(are_vectors), tasks)
     scratch = torch.empty(_library.emr_elect_scratch(tasks), dtype=torch.uint8)
-    kinds = [TASK_VECTOR if vector else _KINDS[t.dtype] for t, vector in zip(finetunes, are_vectors)]
-    pointers = ctypes.c_void_p * tasks
+    given = list(zip(finetunes, are_vectors))
+    inputs = [_address("finetune", t, numel, *([torch.float32] if vector else _KINDS)) for t, vector in given]
+    kinds = [TASK_VECTOR if vector else _KINDS[tensor.dtype] for tensor, vector in given]
     result = _library.emr_elect(
         _level,
-        ctypes.c_int64(base.numel()),
+        ctypes.c_int64(numel),
         ctypes.c_int64(tasks),
-        _address(base),
+        _address("base", base, numel, *_KINDS),
         _KINDS[base.dtype],
-        pointers(*(t.data_ptr() for t in finetunes)),
+        (ctypes.c_void_p * tasks)(*inputs),
         (ctypes.c_int32 * tasks)(*kinds),
-        _address(tau),
+        _address("unified vector", tau, numel, *_KINDS),
         _KINDS[tau.dtype],
-        pointers(*(mask.data_ptr() for mask in masks)),
-        _address(sums),
-        _address(counts),
-        _address(squares),
-        _address(scratch),
+        _mask_addresses(masks, tasks, numel),
+        _address("sums", sums, units * tasks * 5, torch.float64),
+        _address("counts", counts, tasks * 2, torch.int64),
+        _address("squares", squares, units * 2, torch.float64),
+        _address("scratch", scratch, scratch.numel(), torch.uint8),
     )
     return result == 0
 
@@ -110,16 +126,17 @@ def elect(
 def rebuild(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: float, out: Tensor) -> None:
     """`bits.rebuild` of flat tensors."""
     assert _library is not None
+    numel = out.numel()
     _library.emr_rebuild(
         _level,
-        ctypes.c_int64(out.numel()),
-        _address(base),
+        ctypes.c_int64(numel),
+        _address("base", base, numel, *_KINDS),
         _KINDS[base.dtype],
-        _address(tau),
+        _address("unified vector", tau, numel, *_KINDS),
         _KINDS[tau.dtype],
-        _address(packed),
+        _address("packed mask", packed, packed_size(numel), torch.uint8),
         ctypes.c_float(minus_rescaler),
-        _address(out),
+        _address("output", out, numel, *_KINDS),
         _KINDS[out.dtype],
     )
 
@@ -134,19 +151,42 @@ def fits(taus: Tensor) -> bool:
 def fit_vector(taus: Tensor, rescalers: Tensor) -> Tensor:
     """`fitting.fit_vector`, for positive rescalers."""
     assert _library is not None
-    tau, rescalers = torch.empty_like(taus[0]), rescalers.to(torch.float32).contiguous()
-    count, tasks = ctypes.c_int64(taus.shape[1]), ctypes.c_int64(len(taus))
-    _library.emr_fit_vector(_level, count, tasks, _address(taus), _address(rescalers), _address(tau))
+    tasks, count = _size_to_fit(taus)
+    tau, rescalers = torch.empty(count, dtype=torch.float32), rescalers.to(torch.float32).contiguous()
+    _library.emr_fit_vector(
+        _level,
+        ctypes.c_int64(count),
+        ctypes.c_int64(tasks),
+        _address("task vectors", taus, tasks * count, torch.float32),
+        _address("rescalers", rescalers, tasks, torch.float32),
+        _address("vector", tau, count, torch.float32),
+    )
     return tau
 
 
 def two_levels(values: Tensor) -> tuple[Tensor, Tensor]:
     """`fitting.two_levels`."""
     assert _library is not None
-    low, high = torch.empty_like(values[0]), torch.empty_like(values[0])
-    count, tasks = ctypes.c_int64(values.shape[1]), ctypes.c_int64(len(values))
-    _library.emr_two_levels(_level, count, tasks, _address(values), _address(low), _address(high))
+    tasks, count = _size_to_fit(values)
+    low, high = torch.empty(2, count, dtype=torch.float32)
+    _library.emr_two_levels(
+        _level,
+        ctypes.c_int64(count),
+        ctypes.c_int64(tasks),
+        _address("task vectors", values, tasks * count, torch.float32),
+        _address("low", low, count, torch.float32),
+        _address("high", high, count, torch.float32),
+    )
     return low, high
+
+
+def _size_to_fit(taus: Tensor) -> tuple[int, int]:
+    """Tasks and elements of what a fit is given; it holds no more than so many tasks' values."""
+    assert _library is not None
+    tasks, count = require_rows("task vectors", taus)
+    if tasks > (most := int(_library.emr_fit_tasks())):
+        raise TensorError(f"task vectors: expected at most {most} tasks, got {tasks}")
+    return tasks, count
 
 
 def compare(
@@ -161,31 +201,93 @@ def compare(
 ) -> None:
     """`fitting.compare`, into zeros."""
     assert _library is not None
-    tasks, count = taus.shape
+    tasks, count = require_rows("task vectors", taus)
     rescalers = rescalers.to(torch.float32).contiguous()
     _library.emr_compare(
         _level,
         ctypes.c_int64(count),
         ctypes.c_int64(tasks),
-        _address(taus),
-        _address(used),
-        None if shift is None else _address(shift),
-        _address(rescalers),
+        _address("task vectors", taus, tasks * count, torch.float32),
+        _address("vector", used, count, torch.float32),
+        None if shift is None else _address("shift", shift, count, torch.float32),
+        _address("rescalers", rescalers, tasks, torch.float32),
         ctypes.c_int32(of_moves),
-        (ctypes.c_void_p * tasks)(*(mask.data_ptr() for mask in masks)),
-        _address(sums),
-        _address(counts),
+        _mask_addresses(masks, tasks, count),
+        _address("sums", sums, -(-count // _UNIT) * tasks * 5, torch.float64),
+        _address("counts", counts, tasks * 3, torch.int64),
     )
 
 
 def decode(codes: Tensor, scales: Tensor, bits: int, start: int, count: int, columns: int) -> Tensor:
     """Elements of `lowbit.Codes`, from `start` on; `codes` begin with that element's."""
     assert _library is not None
-    out = torch.empty(count)
-    numbers = [ctypes.c_int64(number) for number in (count, start, columns, bits)]
-    _library.emr_decode(_level, *numbers, _address(codes), _address(scales), _address(out))
+    if bits not in _CODE_BITS:
+        raise TensorError(f"bits of a code: expected 2, 4 or 8, got {bits}")
+    if min(start, count) < 0 or columns < 1 or start + count > columns * scales.numel():
+        raise TensorError(
+            f"scales: expected those of elements {start:,} to {start + count:,} in rows of {columns:,}, "
+            f"got {scales.numel():,} scales"
+        )
+    out = torch.empty(count, dtype=torch.float32)
+    _library.emr_decode(
+        _level,
+        *(ctypes.c_int64(number) for number in (count, start, columns, bits)),
+        _address("codes", codes, -(-count * bits // 8), torch.uint8),
+        _address("scales", scales, scales.numel(), torch.float32),
+        _address("values", out, count, torch.float32),
+    )
     return out
 
 
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _address(what: str, tensor: Tensor, numel: int, *dtypes: torch.dtype) -> ctypes.c_void_p:
+    """Where so many elements of one of the dtypes are, one after the other."""
+    if tensor.numel() == numel and tensor.dtype in dtypes and tensor.is_cpu and tensor.is_contiguous():
+        return ctypes.c_void_p(tensor.data_ptr())
+    require(what, tensor, numel, *dtypes)
+    how = "contiguous" if tensor.is_cpu else "on the CPU"
+    raise TensorError(f"{what}: expected a tensor {how}, got strides {tensor.stride()} on {tensor.device}")
+
+
+def _mask_addresses(masks: Sequence[Tensor], tasks: int, numel: int) -> ctypes.Array[ctypes.c_void_p]:
+    require_number("packed masks", len(masks), tasks)
+    places = [_address("packed mask", mask, packed_size(numel), torch.uint8) for mask in masks]
+    return (ctypes.c_void_p * tasks)(*places)
+
+
+# Guarded reads of mapped files, see csrc/guard.cpp; nothing is guarded where there is no compiled file
+
+
+def begin_guard() -> None:
+    """Let reads of watched tensors find zeros where their file has been cut short."""
+    if _guards is not None:
+        _guards.emr_guard_begin()
+
+
+def end_guard() -> None:
+    """Undo one [`begin_guard`]."""
+    if _guards is not None:
+        _guards.emr_guard_end()
+
+
+def watch(address: int, length: int) -> int | None:
+    """Watch bytes of memory until [`unwatch`], before which they must stay; `None` where nothing can be guarded."""
+    if _guards is None:
+        return None
+    return _guards.emr_watch(ctypes.c_size_t(address), ctypes.c_size_t(length))
+
+
+def unwatch(watched: int) -> None:
+    """Undo [`watch`]."""
+    assert _guards is not None
+    _guards.emr_unwatch(ctypes.c_void_p(watched))
+
+
+def hits(watched: int) -> int:
+    """How often a read of what [`watch`] watches has found zeros."""
+    assert _guards is not None
+    return int(_guards.emr_hits(ctypes.c_void_p(watched)))
+
+
+def all_hits() -> int:
+    """[`hits`] of everything that has ever been watched."""
+    return 0 if _guards is None else int(_guards.emr_all_hits())

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .errors import TensorError
+from .lengths import require, require_part
 from .storage import TensorInfo
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
@@ -59,12 +61,26 @@ class Codes:
         scales: float32 `(rows,)`.
         bits: of a code.
         shape: of the tensor.
+
+    Raises:
+        TensorError: codes or scales are not of the shape's length, or a code has a number of bits that none has.
     """
 
     codes: Tensor
     scales: Tensor
     bits: int
     shape: torch.Size
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS.values():
+            raise TensorError(f"bits of a code: expected 8, 4 or 2, got {self.bits}")
+        require("codes", self.codes, -(-self.numel() * self.bits // 8), torch.uint8)
+        require("scales", self.scales, self.numel() // self.columns, torch.float32)
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row; those of the last dimension where the tensor is a piece of another, or small."""
+        return columns_of(self.shape) or max(self.shape[-1] if self.shape else 1, 1)
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +91,8 @@ class Codes:
 
     def __getitem__(self, where: slice) -> Tensor:
         """Elements `start` (a multiple of 8) to `stop` of the flat tensor, float32."""
-        count, columns = where.stop - where.start, self.numel() // len(self.scales)
+        require_part("codes", where, self.numel())
+        count, columns = where.stop - where.start, self.columns
         packed = self.codes[where.start * self.bits // 8 : -(-where.stop * self.bits // 8)]
         if kernels.takes(packed, self.scales):
             return kernels.decode(packed, self.scales, self.bits, where.start, count, columns)
@@ -86,7 +103,7 @@ class Codes:
 
     def dense(self) -> Tensor:
         """The whole tensor, float32."""
-        return self[0 : self.numel()].reshape(self.shape) if self.numel() else torch.zeros(self.shape)
+        return self[0 : self.numel()].reshape(self.shape)
 
 
 @functools.cache

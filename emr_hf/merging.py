@@ -25,30 +25,20 @@ from .adapters.export import save_adapters
 from .bits import StoredVector
 from .checking import check
 from .configuration import EMRConfig, task_entry
-from .distributed import ALONE, Team
+from .disk import writing
+from .distributed import ALONE, PARTNER_TIMEOUT, Team
 from .election import TAU_DTYPES, Partial, Sums, TensorElection, TensorSums, torch_threads
 from .errors import MismatchError, NonFiniteError, OptionError, naming, one_line
 from .fitting import TensorFit
+from .format import mask_name, model_name, private_name, rescaler_name, scale_name, tau_name
 from .heads import auto_map, wrapper_name
-from .hub import carry_files, write_repo_files
+from .hub import MERGED_REPO, carry_files, write_repo_files
+from .mapped_files import guarded_reads
+from .opening import check_finite, open_merged
 from .plan import Plan, dtype_name
+from .publication import Target, atomic_folder, check_target, claim
 from .recipe import Recipe
-from .repo import (
-    GENERATION_CONFIG,
-    TASKS_FOLDER,
-    WeightsWriter,
-    atomic_folder,
-    copy_side_files,
-    create_weights,
-    mask_name,
-    model_name,
-    private_name,
-    rescaler_name,
-    same_side_files,
-    scale_name,
-    tau_name,
-    writing,
-)
+from .repo import GENERATION_CONFIG, TASKS_FOLDER, WeightsWriter, copy_side_files, create_weights, same_side_files
 from .report import MergeReport, TaskReport, TensorNumbers
 from .sources import Reference, Source
 from .suspicions import suspicious
@@ -75,6 +65,7 @@ def merge(
     progress: bool | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    partner_timeout: float = PARTNER_TIMEOUT,
 ) -> MergeReport:
     """Merge finetunes of one base into a repo (EMR-Merging, arXiv 2405.17461).
 
@@ -101,6 +92,8 @@ def merge(
             the bit.
         device (*optional*, defaults to `"cpu"`): where to compute, such as `"cuda"`: with several processes, that of
             each. The result is the same.
+        partner_timeout (*optional*, defaults to 300): seconds after which the other processes give up one that shows
+            no life: stopped, hung with its machine or out of reach. One that works, however long, shows life.
 
     Returns:
         the report that is also saved in the repo.
@@ -110,7 +103,14 @@ def merge(
     """
     recipe = Recipe(base, finetunes, rescale, tau_dtype, default_task, private, max_shard_size, method=method)
     return merge_recipe(
-        recipe, out, save_as=save_as, overwrite=overwrite, progress=progress, threads=threads, device=device
+        recipe,
+        out,
+        save_as=save_as,
+        overwrite=overwrite,
+        progress=progress,
+        threads=threads,
+        device=device,
+        partner_timeout=partner_timeout,
     )
 
 
@@ -123,6 +123,7 @@ def merge_recipe(
     progress: bool | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    partner_timeout: float = PARTNER_TIMEOUT,
     tell: Callable[[Plan], object] | None = None,
 ) -> MergeReport:
     """[`merge`], for a [`Recipe`]. `tell` is given the plan before a tensor is read, in the main process."""
@@ -131,7 +132,8 @@ def merge_recipe(
         working_device(threads, device)  # before any reading
         return check(recipe, out, overwrite, save_as)
 
-    with distributed.team(device) as team, ExitStack() as stack:
+    with distributed.team(device, partner_timeout) as team, ExitStack() as stack:
+        notes = team.lead(lambda: claim(out, MERGED_REPO, overwrite).notes)
         plan = team.each(prepare)
         if recipe.align is not None:
             asked, as_given = recipe, plan
@@ -141,6 +143,7 @@ def merge_recipe(
             plan.recipe = replace(recipe, align=asked.align)
         if team.size > 1 and len(set(team.together(lambda: shares.fingerprint(plan)))) > 1:
             raise MismatchError("the processes of this merge do not merge the same: all must be given the same inputs")
+        plan.warnings += notes
         if tell is not None and team.is_main:
             tell(plan)
         return run(plan, out, overwrite=overwrite, progress=progress, threads=threads, device=device, team=team)
@@ -176,9 +179,10 @@ def run(
 ) -> MergeReport:
     """Carry out a plan of [`check`]; see [`merge`]."""
     device = working_device(threads, device)
-    return write_repo(
-        plan, out, overwrite, lambda writer: elect(plan, writer, progress, threads, device, team), team=team
-    )
+    target = check_target(out, MERGED_REPO, overwrite)
+    if plan.target is not None and plan.target.out == target.out:
+        target = plan.target  # as it was before the inputs were looked at
+    return write_repo(plan, target, lambda writer: elect(plan, writer, progress, threads, device, team), team=team)
 
 
 def working_device(threads: int | None, device: torch.device | str) -> torch.device:
@@ -201,8 +205,7 @@ def working_device(threads: int | None, device: torch.device | str) -> torch.dev
 @torch.no_grad()
 def write_repo(
     plan: Plan,
-    out: str | Path,
-    overwrite: bool,
+    target: Target,
     fill: Callable[[WeightsWriter], MergeReport],
     team: Team = ALONE,
 ) -> MergeReport:
@@ -210,16 +213,17 @@ def write_repo(
 
     Args:
         plan: what it holds.
-        out, overwrite: as for [`merge`].
+        target: where, as it was checked.
         fill: writes unified vector and masks; returns the report, of which the rescalers are written.
         team: the processes that call this.
     """
     started = time.perf_counter()
     checkpoints = (plan.base, *plan.finetunes.values())
-    with writing(Path(out)), ExitStack() as stack:
+    storages = [checkpoint.source.storage for checkpoint in checkpoints]
+    with writing(target.out), guarded_reads(storages) as check_inputs, ExitStack() as stack:
 
         def begin() -> Path:
-            folder = stack.enter_context(atomic_folder(Path(out), overwrite))
+            folder = stack.enter_context(atomic_folder(target))
             for checkpoint in checkpoints:
                 checkpoint.scratch = folder
                 checkpoint.check_tied()
@@ -231,14 +235,18 @@ def write_repo(
             checkpoint.scratch = folder
         writer = team.each(lambda: shares.open_writer(plan, folder, team))
         report = fill(writer)
+        team.each(check_inputs)  # each process has mapped them by itself
         shares.take_over(writer, team)
 
         def finish() -> MergeReport:
-            _finish(plan, writer, report, Path(out).name, started)
-            stack.close()  # the folder becomes `out`
+            _finish(plan, writer, report, target.out.name, started)
+            check_inputs()
+            open_merged(folder)  # a file that somebody removed meanwhile is missed before anything is published
             return report
 
-        return team.lead(finish)
+        report = team.lead(finish)
+        team.conclude(stack.close)  # the folder becomes `out`
+        return report
 
 
 def _finish(plan: Plan, writer: WeightsWriter, report: MergeReport, name: str, started: float) -> None:
@@ -254,7 +262,7 @@ def _finish(plan: Plan, writer: WeightsWriter, report: MergeReport, name: str, s
         config.save_pretrained(writer.folder)
     else:
         save_adapters(writer.folder, config, _base_location(plan))
-    write_repo_files(writer.folder, config, name, report.tensors)
+    report.digests = write_repo_files(writer.folder, config, name, report.tensors).digests
     if plan.repo is not None:
         carry_files(plan.repo, writer.folder)
 
@@ -273,10 +281,14 @@ def elect(
     disable = not team.is_main or (None if progress is None else not progress)
     stop = writer.folder / "stop"  # where one process has failed, the others need not go on
 
+    def goes_on() -> bool:
+        team.check()
+        return not stop.exists()
+
     def one_pass(jobs_of: JobsOf) -> dict[str, TensorSums]:
         def share() -> dict[str, TensorSums]:
             try:
-                jobs = (job for name in names if not stop.exists() for job in jobs_of(name))
+                jobs = (job for name in names if goes_on() for job in jobs_of(name))
                 return _summed(run_all(jobs, count), bar)
             except Exception:
                 with suppress(OSError):
@@ -344,8 +356,9 @@ _scratch = _Scratch()
 def _inputs(plan: Plan, name: str) -> tuple[Tensor, list[Tensor | StoredVector]]:
     """A merged tensor's base and finetunes."""
     # Task vectors are differences from the base as it is stored: what they are added to again.
-    base = plan.base.read(name).to(plan.stored_dtype(name))
-    return base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
+    with _naming(plan, name):
+        base = plan.base.read(name).to(plan.stored_dtype(name))
+        return base, [checkpoint.deviation(name) for checkpoint in plan.finetunes.values()]
 
 
 def _naming(plan: Plan, name: str) -> AbstractContextManager[None]:
@@ -412,7 +425,9 @@ def _write_kept(plan: Plan, writer: WeightsWriter) -> None:
     """What no finetune touches goes from the base into the repo as it is."""
     if plan.save_as == "model":
         for name in plan.kept:
-            writer.write(model_name(name), plan.base.read(name))
+            value = plan.base.read(name)
+            check_finite(value, name, plan.base.source.label, infinite=True)
+            writer.write(model_name(name), value)
 
 
 def _rescalers(plan: Plan, found: Mapping[str, TensorSums], mode: str) -> list[float]:
@@ -513,6 +528,7 @@ def _config(plan: Plan, folder: Path, report: MergeReport) -> EMRConfig:
         default_task=plan.default_task,
         merged_parameters=plan.merged,
         vectors=plan.vectors,
+        tensors=_record(plan),
         tau_dtype=plan.recipe.tau_dtype,
         method=plan.recipe.method,
         recipe=plan.recipe.published(report.base, {task: numbers.source for task, numbers in report.tasks.items()}),
@@ -539,6 +555,12 @@ def _stored_generation_settings(source: Source) -> dict[str, Any] | None:
         return source.model.generation_config.to_diff_dict() if source.model.can_generate() else None
     path = source.folder / GENERATION_CONFIG if source.folder else None
     return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+
+
+def _record(plan: Plan) -> dict[str, Any]:
+    """Shape and dtype of the base's tensors that the repo holds, or that are merged beside a base kept elsewhere."""
+    names = (*plan.merged, *plan.kept) if plan.save_as == "model" else plan.merged
+    return {name: [list(plan.base.infos[name].shape), dtype_name(plan.dtypes[name])] for name in names}
 
 
 def _spec(plan: Plan, key: str, name: str) -> list[Any]:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from . import mixed
-from .adapters.ia3 import inject_vectors
 from .adapters.layers import unload
 from .bank import EMRBank
-from .checkpoint import model_class_of
 from .configuration import EMRConfig
-from .errors import EMRError, MismatchError, OffloadedError, OptionError, one_line
+from .errors import EMRError, MismatchError, OffloadedError, OptionError, RepoError, one_line
+from .format import part_of
 from .heads import architectures_of, auto_map, auto_name, wrapper_name
-from .hub import push_folder, push_model, saved_tensors, write_repo_files
-from .repo import copy_side_files, side_files_of
+from .hub import MERGED_REPO, push_folder, push_model, saved_tensors, write_repo_files
+from .loading import build_wrapped, check_files, check_values
+from .plan import dtype_name
+from .publication import updated_folder
+from .repo import copy_side_files, is_weights_file, side_files_of
 from .signature import DelegatedSignature
+from .storage import open_folder
 from .switching import Switch, owners_of
 
 T = TypeVar("T")
 MEMORY = ("resident", "mapped")
+FOUND_BY = (SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME)
+"""Files by which a reader finds all others of a repo."""
+
+_loading_since: ContextVar[float] = ContextVar("when the load of a model began", default=0.0)
 
 
 class EMRMergedModel(PreTrainedModel):
@@ -49,8 +59,9 @@ class EMRMergedModel(PreTrainedModel):
         config: see [`EMRConfig`].
         emr_task (*optional*): the task to load with, `config.default_task` by default.
         emr_memory (*optional*, defaults to `"resident"`): where base, unified vector and masks are: `"resident"` in
-            memory, or `"mapped"` from the repo's files, which must then stay: only the active weights are in memory of
-            the process, the rest is the system's page cache. What has to be cast on loading is in memory either way.
+            memory, or `"mapped"` from the repo's files, which must then stay as they are: only the active weights are
+            in memory of the process, the rest is the system's page cache. What has to be cast on loading is in memory
+            either way. A forward reads no file; a switch raises RepoError once a file has been changed.
         emr_device (*optional*): a device for base, unified vector and masks, such as `"cpu"` for a model on a GPU: a
             third of its memory, and each switch sends them over. The model's own by default.
 
@@ -102,13 +113,14 @@ class EMRMergedModel(PreTrainedModel):
         if config.tasks:
             config.entry(self._initial_task)
         self._check_architecture()
-        self.model = model_class_of(str(config.base_architecture))(config.base_config)
-        if config.vectors is not None:
-            inject_vectors(self.model, config.vectors)
+        self.model = build_wrapped(config)
         self._active: str | None = None
-        self._half_switched = False
+        self._half_switched = self._is_base = False
         self._lock = mixed.Lock()
-        self._switch = Switch(self.model, config, mapped=emr_memory == "mapped")
+        try:
+            self._switch = Switch(self.model, config, mapped=emr_memory == "mapped")
+        except AttributeError as error:
+            raise RepoError(f"the merge does not fit {config.base_architecture}: {one_line(error)}") from None
         self.emr = self._switch.bank
         self.emr.place = place
         self._keys_to_ignore_on_load_missing = [rf"^model\.{re.escape(name)}$" for name in self._switch.private_names]
@@ -151,7 +163,11 @@ class EMRMergedModel(PreTrainedModel):
             )
         if cls is EMRMergedModel:
             cls = cls._class_of_repo(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        token = _loading_since.set(time.time())
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        finally:
+            _loading_since.reset(token)
 
     @staticmethod
     def _class_of_repo(name_or_path: Any, kwargs: dict[str, Any]) -> type[EMRMergedModel]:
@@ -169,13 +185,37 @@ class EMRMergedModel(PreTrainedModel):
         return {f"model.*{pattern}": kept for pattern, kept in super()._get_dtype_plan(dtype).items()}
 
     @staticmethod
+    def _load_pretrained_model(  # type: ignore[override]
+        model: EMRMergedModel,
+        state_dict: dict[str, Any] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        if model._active is None and state_dict is None:  # else an adapter is put on top
+            model._switch.open_files(checkpoint_files or ())
+            check_files(model, [Path(file) for file in checkpoint_files or []], _loading_since.get())
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    @staticmethod
     def _finalize_model_loading(model: EMRMergedModel, load_config: Any, loading_info: Any) -> Any:
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        if loading_info.missing_keys:
+            raise RepoError(
+                f"{model.config.name_or_path}: the tensor {min(loading_info.missing_keys)} is missing, which "
+                f"{model.config.base_architecture} needs"
+            )
         model.model.requires_grad_(False)  # what is rebuilt, or shared by all tasks, cannot be trained for one
-        if model._switch.mapped:
+        switch = model._switch
+        switch.watch()
+        with switch.reading():
+            check_values(model)
+            _take_into_memory(model, {id(getattr(*site)) for site in switch.sites.values()} if switch.mapped else None)
+        if switch.mapped:
             model._mapped_from = Path(str(model.config.name_or_path)).resolve()
+            switch.watch()
         else:
-            _take_into_memory(model)
+            switch.files = ()
         model.set_task(model._initial_task)
         return loading_info
 
@@ -183,13 +223,15 @@ class EMRMergedModel(PreTrainedModel):
         """Save the whole repo: base, unified vector and every task, whichever task is active.
 
         Args:
-            save_directory: the folder.
+            save_directory: the folder. Each file is written beside its place and renamed, the configuration last; what
+                else a folder holds stays.
             push_to_hub (*optional*): upload it too, see [`EMRMergedModel.push_to_hub`].
             args, kwargs: as `PreTrainedModel.save_pretrained`.
         """
         names = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
         hub_options = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder = Path(save_directory)
+        is_main = self.should_save_on_this_rank(args[0] if args else kwargs.get("is_main_process", True))
         if folder.resolve() == self._mapped_from:
             raise OptionError(f"{folder} is what this model is mapped from: save it elsewhere")
         if getattr(self, "_hf_peft_config_loaded", False):  # an adapter of transformers' own: only that is saved
@@ -199,23 +241,35 @@ class EMRMergedModel(PreTrainedModel):
                 "adapters are attached to this model: save them by their own save_pretrained, or unload them"
             )
         self.set_task(self._active or self.config.default_task)
-        with self._as_saved():
-            # Names in memory are the names on disk: the bank's tensors have no other form.
-            super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
+        # Names in memory are the names on disk: the bank's tensors have no other form.
+        kwargs["save_original_format"] = False
+        if not is_main or kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        with updated_folder(folder, MERGED_REPO, FOUND_BY, is_weights_file) as staging, self._as_saved():
+            with self._switch.reading():
+                super().save_pretrained(staging, *args, **kwargs)
+            self._record(staging)
             known = saved_tensors(str(self.config.name_or_path), getattr(self.config, "_commit_hash", None))
-            write_repo_files(folder, self.config, folder.name, known)
-        self._keep_tokenizers(folder)
+            write_repo_files(staging, self.config, folder.name, known)
+            self._keep_tokenizers(staging, folder)
         if push_to_hub:
             push_folder(folder, **{"repo_id": folder.name, **hub_options})
 
-    def _keep_tokenizers(self, folder: Path) -> None:
+    def _record(self, folder: Path) -> None:
+        """Write down shapes and dtypes of the base's tensors as they have been saved, perhaps after a cast."""
+        infos = open_folder(folder.name, folder).infos
+        base = {name.removeprefix("model."): info for name, info in infos.items() if part_of(name) == "base"}
+        self.config.tensors = {name: [list(info.shape), dtype_name(info.dtype)] for name, info in base.items()}
+        self.config.save_pretrained(folder)
+
+    def _keep_tokenizers(self, staging: Path, folder: Path) -> None:
         """Tokenizers that tasks have of their own belong to the repo; the shared one is saved by its owner."""
         own = {entry["tokenizer"] for entry in self.config.tasks.values() if entry["tokenizer"]}
         own = {path for path in own if not (folder / path).is_dir()}
         if own and str(self.config.name_or_path):  # an empty path would be the current directory
             source = side_files_of(str(self.config.name_or_path))
             for path in own:
-                copy_side_files(source / path, folder / path)
+                copy_side_files(source / path, staging / path)
 
     @contextmanager
     def _as_saved(self) -> Iterator[None]:
@@ -266,6 +320,7 @@ class EMRMergedModel(PreTrainedModel):
         Raises:
             UnknownTaskError: with the nearest names.
             OffloadedError: part of the model is offloaded; nothing has been changed.
+            RepoError: a file that the model is mapped from is not what it was; load the model again.
         """
         self.config.entry(task)
         with self._lock:
@@ -343,9 +398,16 @@ class EMRMergedModel(PreTrainedModel):
                     results.append(run(rows))
                 return results
             finally:
+                self._is_base = False
                 self.set_task(before)
                 if settings is not None:  # they may have been changed since the switch
                     self.model.generation_config = settings
+
+    @torch.compiler.disable
+    def _make_whole(self) -> None:
+        """Finish what interrupted a switch has left half done: become the active task."""
+        if self._half_switched and not self._is_base:
+            self.set_task(self._active or self.config.default_task)
 
     def _become(self, task: str) -> None:
         """`set_task`, or the base: no task, so that the next `set_task` switches, whichever it asks for."""
@@ -353,8 +415,9 @@ class EMRMergedModel(PreTrainedModel):
             self.set_task(task)
             return
         self._half_switched = True
-        self._switch.become_base()
-        self._active = self.config.default_task
+        with self._switch.reading():
+            self._switch.become_base()
+        self._active, self._is_base = self.config.default_task, True
 
     def _check_vectors(self) -> None:
         if self.config.vectors is not None and "peft_config" in vars(self):
@@ -374,10 +437,12 @@ class EMRMergedModel(PreTrainedModel):
                 f"{len(away)} tensors are offloaded ({away[0]}, ...) and cannot be switched: load the model without "
                 "offloading, or export the task (emr-hf export) and offload that"
             )
+        self._switch.check_files()
 
     def _activate(self, task: str) -> None:
-        self._half_switched = True  # until the end: an interrupted switch is made good by the next
-        self._switch.become(task)
+        self._half_switched, self._is_base = True, False  # until the end: an interrupted switch is made good
+        with self._switch.reading():
+            self._switch.become(task)
         self._active, self._half_switched = task, False
 
     def _replicate_for_data_parallel(self) -> EMRMergedModel:
@@ -387,12 +452,18 @@ class EMRMergedModel(PreTrainedModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMRMergedModel:
         """Move or cast. After a cast the weights are rebuilt from the cast base, as a load in that dtype has them."""
-        before = self.dtype
+        before, was_half = self.dtype, self._half_switched
         if self._switch.ready is not None:
             self._switch.ready.clear()
-        super()._apply(fn, recurse)
+        self._half_switched = self._active is not None  # until the end
+        with self._switch.reading():
+            super()._apply(fn, recurse)
+        if self._switch.files:
+            self._switch.watch()
         if self._active is not None and self.dtype != before:
             self._activate(self._active)
+        else:
+            self._half_switched = was_half
         return self
 
     def merge_and_unload(self, task: str | None = None) -> PreTrainedModel:
@@ -409,6 +480,7 @@ class EMRMergedModel(PreTrainedModel):
             unload(self.model)
         model = self.model.requires_grad_(True)
         self.emr = self._switch.bank = nn.Module()  # type: ignore[assignment]
+        self._switch.files = ()
         self._active = None
         return model
 
@@ -444,8 +516,11 @@ class EMRMergedModel(PreTrainedModel):
         if emr_task is not None:
             return self._forward_as(emr_task, self.emr_pad if emr_pad is None else emr_pad, args, kwargs)
         if torch.compiler.is_compiling():
+            if self._half_switched:
+                self._make_whole()
             return self.model(*args, **kwargs)
         with self._lock:
+            self._make_whole()
             self._check_forward(kwargs)
             return self.model(*args, **kwargs)
 
@@ -492,10 +567,17 @@ class EMRMergedModel(PreTrainedModel):
         return self.model.get_decoder(*args, **kwargs)
 
 
-def _take_into_memory(model: nn.Module) -> None:
-    """Copy what may be mapped from a file, so that nothing depends on it."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
+def _take_into_memory(model: EMRMergedModel, merged: Collection[int] | None) -> None:
+    """Copy what may be mapped from a file, so that nothing depends on it.
+
+    Args:
+        model: the model.
+        merged: ids of the parameters that switches write, where the bank stays mapped and with it the base in them:
+            then what no switch writes is copied, so that a forward reads no file.
+    """
+    part = model if merged is None else model.model
+    for tensor in (*part.parameters(), *part.buffers()):
+        if tensor.device.type == "cpu" and (merged is None or id(tensor) not in merged):
             tensor.data = tensor.data.clone()
 
 
@@ -518,7 +600,9 @@ def _restore_base(
         ours = [name for name in state_dict if name.startswith(f"{prefix}model.")]
         state_dict.update({name: state_dict[name].clone() for name in ours})
     if model._active is not None:
-        model._switch.restore_base()
+        model._half_switched = True  # until the task is rebuilt, which an error in between prevents
+        with model._switch.reading():
+            model._switch.restore_base()
 
 
 def _take_loaded_base(model: EMRMergedModel, incompatible_keys: Any) -> None:

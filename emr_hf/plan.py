@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import election
 from .checkpoint import NamedTensors
+from .format import part_of
+from .publication import Target
 from .recipe import Recipe
-from .repo import part_of
 from .report import human
 from .storage import TensorInfo
 
@@ -40,6 +41,7 @@ class Plan:
         skipped: (checkpoint, stored name, why) of every stored tensor that is not used.
         outputs: name in the repo -> shape and dtype.
         warnings: what the user should know.
+        target: the place to write to, as it was checked; `None` if it was not.
     """
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class Plan:
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     outputs: dict[str, TensorInfo] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    target: Target | None = None
 
     @property
     def tasks(self) -> list[str]:

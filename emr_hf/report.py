@@ -99,6 +99,7 @@ class MergeReport:
         tasks: task -> its numbers.
         warnings: what the user should know.
         tensors: name of a merged tensor -> its [`TensorEntry`]. In `emr_report.json`, not in the repo's configuration.
+        digests: tensor file of the repo -> its SHA-256. Likewise.
     """
 
     base: str
@@ -117,6 +118,7 @@ class MergeReport:
     tasks: dict[str, TaskReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     tensors: Tensors = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -125,7 +127,7 @@ class MergeReport:
     def without_tensors(self) -> dict[str, Any]:
         """What stands in the repo's configuration."""
         content = asdict(replace(self, tensors={}))
-        del content["tensors"]
+        del content["tensors"], content["digests"]
         return content
 
     def keep_tensors(self, known: Tensors) -> None:

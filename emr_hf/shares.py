@@ -12,8 +12,9 @@ from pathlib import Path
 
 from .distributed import Team, divide
 from .errors import ProcessError
+from .format import mask_name, model_name, scale_name, tau_name
 from .plan import Plan
-from .repo import WeightsWriter, create_weights, mask_name, model_name, scale_name, tau_name
+from .repo import WeightsWriter, create_weights
 from .storage import SafetensorsStorage
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -93,7 +94,10 @@ def _copy(files: Path, writer: WeightsWriter) -> None:
 
 
 def take_over(writer: WeightsWriter, team: Team) -> None:
-    """Copy what other machines have written into the repo's files; all processes call this, the main one copies."""
+    """Copy what other machines have written into the repo's files; all processes call this, the main one copies.
+
+    The main one's writer is told what the others have written, so that it can say what nobody has.
+    """
 
     def let_go() -> None:
         if not team.is_near:
@@ -108,3 +112,6 @@ def take_over(writer: WeightsWriter, team: Team) -> None:
     if team.far:
         team.each(let_go)
         team.lead(copy)
+    for rank, written in enumerate(team.together(lambda: writer.written)):
+        if team.is_main and rank and rank not in team.far:
+            writer.count(written)

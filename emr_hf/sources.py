@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,8 @@ from transformers.utils import (
 
 from .errors import CheckpointError, EMRError, one_line, short
 from .json_file import read_json
+from .mapped_files import WatchedMemory
+from .sizes import check_sizes
 from .storage import MODEL_WEIGHTS, ModelStorage, Storage, TensorInfo, open_adapter, open_folder
 
 if TYPE_CHECKING:  # a configuration is loaded without the code of models
@@ -58,7 +60,7 @@ HUB_ERRORS: tuple[type[Exception], ...] = (
 class HubStorage:
     """A Hub repo at one commit: headers by range requests now, weights downloaded when the first tensor is read."""
 
-    def __init__(self, label: str, repo_id: str, revision: str):
+    def __init__(self, label: str, repo_id: str, revision: str | None):
         self.label, self.repo_id, self.revision = label, repo_id, revision
         self._files: list[str] = ["pytorch_model*.bin", WEIGHTS_INDEX_NAME]
         try:
@@ -81,6 +83,10 @@ class HubStorage:
         except HUB_ERRORS as error:
             raise CheckpointError(f"{self.label}: cannot download {self.repo_id}: {one_line(error)}") from None
         return open_folder(self.label, Path(folder))
+
+    @property
+    def files(self) -> Sequence[WatchedMemory]:
+        return self._local.files if "_local" in vars(self) else ()
 
     def read(self, name: str) -> Tensor:
         return self._local.read(name)
@@ -140,6 +146,11 @@ class Source:
     model: PreTrainedModel | None = None
     adapter: Adapter | None = None
     base: Source | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """What is read of this machine's disk: the folder, and the files in it, which may be links."""
+        return [] if self.folder is None else [self.folder, *self.folder.iterdir()]
 
     @property
     def architecture(self) -> str | None:
@@ -299,7 +310,7 @@ def read_config(label: str, folder: Path, storage: Storage | None = None) -> Pre
     infos = storage.infos.values() if storage is not None else ()
     sizes = [size for info in infos if info.numel for size in info.shape]
     settings = read_json(path, label)
-    _check_sizes(f"{label}: {path}", settings, max(sizes, default=0))
+    check_sizes(f"{label}: {path}", settings, max(sizes, default=0))
     named = settings.get("architectures")
     if not (named is None or (isinstance(named, list) and all(isinstance(name, str) for name in named))):
         raise CheckpointError(f"{label}: {path}: architectures is {short(named)}: expected a list of names")
@@ -310,26 +321,6 @@ def read_config(label: str, folder: Path, storage: Storage | None = None) -> Pre
         return config
     except Exception as error:  # a configuration's class may raise anything
         raise CheckpointError(f"{label}: cannot use {path}: {one_line(error) or type(error).__name__}") from None
-
-
-# Numbers of parts, for each of which a model or its configuration makes something; and sizes of tensors.
-_PARTS = re.compile(r"(^|_)(num|n|number)_|(layers?|blocks?|heads?|experts?|labels|stages?|depths?|groups?)$")
-_SIZES = re.compile(r"(size|sizes|dims?|dimension|width|length|positions|embeddings|vocab|ctx|channels|ratio|model)$")
-_MOST_PARTS, _LARGEST_SIZE = 1 << 17, 1 << 24
-
-
-def _check_sizes(where: str, value: object, stored: int, name: str = "") -> None:
-    """Raise CheckpointError where a configuration is of something far larger than the largest stored dimension."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_sizes(where, inner, stored, str(key))
-    elif isinstance(value, list):
-        for inner in value:
-            _check_sizes(where, inner, stored, name)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        most = _LARGEST_SIZE if _SIZES.search(name) else _MOST_PARTS if _PARTS.search(name) else value
-        if value > max(most, stored):
-            raise CheckpointError(f"{where}: {name} is {short(value)}, but no stored tensor is of such a size")
 
 
 def _config(label: str, folder: Path, storage: Storage) -> PreTrainedConfig:

@@ -26,6 +26,8 @@ from transformers.utils import (
 )
 
 from .errors import CheckpointError, one_line
+from .mapped_files import InputFile, WatchedMemory
+from .regular_file import require_file
 
 if TYPE_CHECKING:  # a configuration is loaded without the code of models
     from transformers import PreTrainedModel
@@ -72,6 +74,11 @@ class Storage(Protocol):
 
     infos: dict[str, TensorInfo]
 
+    @property
+    def files(self) -> Sequence[WatchedMemory]:
+        """What has been opened, for `mapped_files.guarded_reads`."""
+        ...
+
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file where it has one."""
         ...
@@ -81,7 +88,7 @@ def open_adapter(label: str, folder: Path) -> Storage:
     """The weights of a PEFT adapter's folder.
 
     Raises:
-        CheckpointError: no weights, a truncated or broken file.
+        CheckpointError: no weights, a truncated or broken file, or what is no regular file.
     """
     for kind, name in ((SafetensorsStorage, ADAPTER_SAFE_WEIGHTS_NAME), (BinStorage, ADAPTER_WEIGHTS_NAME)):
         if (folder / name).exists():
@@ -93,7 +100,7 @@ def open_folder(label: str, folder: Path) -> Storage:
     """The weights of a checkpoint's folder; safetensors are preferred, as transformers does.
 
     Raises:
-        CheckpointError: no weights, a missing shard, a truncated or broken file.
+        CheckpointError: no weights, a missing shard, a truncated or broken file, or what is no regular file.
     """
     for kind, single, index in (
         (SafetensorsStorage, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
@@ -105,7 +112,7 @@ def open_folder(label: str, folder: Path) -> Storage:
             weight_map = _read_index(label, folder / index)
             paths = [folder / shard for shard in sorted(set(weight_map.values()))]
             for path in paths:
-                if not path.is_file():
+                if not path.exists():
                     raise CheckpointError(f"{label}: missing shard {path}, which {index} names")
             return kind(label, paths, {name: folder / shard for name, shard in weight_map.items()})
     raise CheckpointError(f"{label}: no weights in {folder}: expected {SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME} or an index")
@@ -113,6 +120,7 @@ def open_folder(label: str, folder: Path) -> Storage:
 
 def _read_index(label: str, path: Path) -> dict[str, str]:
     """`weight_map` of an index: tensor -> file."""
+    require_file(path, label)
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         usable = bool(weight_map) and all(isinstance(shard, str) and shard for shard in weight_map.values())
@@ -136,43 +144,46 @@ class SafetensorsStorage:
     def __init__(self, label: str, paths: Sequence[Path], places: dict[str, Path] | None = None):
         self.label = label
         self.infos: dict[str, TensorInfo] = {}
-        self._files: dict[str, tuple[Path, Any]] = {}
-        for path in paths:
+        self.files = [InputFile(path, label) for path in paths]
+        self._places: dict[str, tuple[InputFile, Any]] = {}
+        for file in self.files:
             try:
-                file = safe_open(path, framework="pt")
-                for name in file.keys():
-                    part = file.get_slice(name)
+                opened = safe_open(file.path, framework="pt")
+                for name in opened.keys():
+                    part = opened.get_slice(name)
                     self.infos[name] = TensorInfo.of_header(label, name, part.get_shape(), part.get_dtype())
-                    self._files[name] = path, file
+                    self._places[name] = file, opened
             except CheckpointError:
                 raise
             except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-                raise CheckpointError(f"{label}: {path} is truncated or damaged: {one_line(error)}") from None
-        _check_places(label, places, {name: path for name, (path, _) in self._files.items()})
+                raise CheckpointError(f"{label}: {file.path} is truncated or damaged: {one_line(error)}") from None
+        _check_places(label, places, {name: file.path for name, (file, _) in self._places.items()})
 
     def read(self, name: str) -> Tensor:
-        path, file = self._files[name]
+        file, opened = self._places[name]
+        file.check()
         try:
-            return file.get_tensor(name)
+            return file.watch(opened.get_tensor(name))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.label}: cannot read {name} from {path}: {one_line(error)}") from None
+            raise CheckpointError(f"{self.label}: cannot read {name} from {file.path}: {one_line(error)}") from None
 
 
 class BinStorage:
     """`pytorch_model.bin` files through `torch.load(weights_only=True)`: no code of a file is run."""
 
     def __init__(self, label: str, paths: Sequence[Path], places: dict[str, Path] | None = None):
-        self._tensors: dict[str, Tensor] = {}
-        found: dict[str, Path] = {}
-        for path in paths:
-            tensors = _load_bin(label, path)
-            self._tensors.update(tensors)
-            found.update(dict.fromkeys(tensors, path))
-        _check_places(label, places, found)
-        self.infos = {name: TensorInfo.of(tensor) for name, tensor in self._tensors.items()}
+        self.files = [InputFile(path, label) for path in paths]
+        self._places: dict[str, tuple[InputFile, Tensor]] = {}
+        for file in self.files:
+            for name, tensor in _load_bin(label, file.path).items():
+                self._places[name] = file, file.watch(tensor)
+        _check_places(label, places, {name: file.path for name, (file, _) in self._places.items()})
+        self.infos = {name: TensorInfo.of(tensor) for name, (_, tensor) in self._places.items()}
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name]
+        file, tensor = self._places[name]
+        file.check()
+        return tensor
 
 
 def _load_bin(label: str, path: Path) -> dict[str, Tensor]:
@@ -195,14 +206,16 @@ def _load_bin(label: str, path: Path) -> dict[str, Tensor]:
 
 
 class ModelStorage:
-    """A loaded model. Its names are those in memory already."""
+    """A loaded model. Its names are those in memory already. transformers may have mapped it from its files."""
 
     def __init__(self, label: str, model: PreTrainedModel):
+        memory = WatchedMemory(label)
+        self.files = [memory]
         self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         for name, tensor in self._tensors.items():
             if tensor.is_meta:
                 raise CheckpointError(f"{label}: {name} is offloaded: merge from the model's folder instead")
-        self.infos = {name: TensorInfo.of(tensor) for name, tensor in self._tensors.items()}
+        self.infos = {name: TensorInfo.of(memory.watch(tensor)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].cpu()

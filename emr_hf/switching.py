@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from . import bits
 from .bank import EMRBank
 from .configuration import EMRConfig
+from .errors import CheckpointError, RepoError
 from .lowbit import Codes
+from .mapped_files import InputFile, WatchedMemory, guarded_reads
 from .ready import ReadyTasks, Weights
 from .recipe import BASE
 from .sites import Site, install, site_of
@@ -38,9 +42,11 @@ class Switch:
         mapped: leave the base where the model's loader put it, which may be a mapped file, and give the model weights
             of its own; else the base is copied.
         ready: the tasks whose weights are kept, if any are beside the active one's.
+        files: what base, vector and masks are mapped from, if they are.
     """
 
     ready: ReadyTasks | None = None
+    files: Sequence[WatchedMemory] = ()
 
     def __init__(self, model: PreTrainedModel, config: EMRConfig, mapped: bool = False):
         self.model, self.config = model, config
@@ -56,7 +62,59 @@ class Switch:
         self.mapped = mapped
         self._elements = sum(shape.numel() for shape in shapes.values())
         self._at_base: set[str] = set()  # parameters that hold the base's values
+        self._unmapped: set[str] = set()  # parameters that have memory of their own where the base is mapped
         self._empty: dict[tuple[str, str], bool] = {}  # (parameter, task's key) -> whether the mask is empty
+
+    # Mapped files
+
+    def open_files(self, paths: Iterable[str]) -> None:
+        """Take note of the files that the model is about to be mapped from."""
+        label = str(self.config.name_or_path)
+        with self._as_repo():
+            self.files = [InputFile(Path(path), label) for path in paths]
+
+    def watch(self) -> None:
+        """Guard the tensors where they are now."""
+        memory = WatchedMemory(str(self.config.name_or_path))
+        for tensor in (*self.model.parameters(), *self.model.buffers(), *self.bank.buffers()):
+            memory.watch(tensor)
+        self.files = [*(file for file in self.files if isinstance(file, InputFile)), memory]
+
+    def check_files(self) -> None:
+        """Raise RepoError if what the model is mapped from has been changed."""
+        with self._as_repo():
+            for file in self.files:
+                file.check()
+
+    @contextmanager
+    def _as_repo(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            raise RepoError(str(error)) from None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read what may be mapped.
+
+        Raises:
+            RepoError: a file was changed, and what has been read is of no use.
+        """
+        if not self.files:
+            yield
+            return
+        with guarded_reads([]):
+            try:
+                yield
+                self.check_files()
+            except Exception:
+                self._at_base.clear()
+                self.take_masks()
+                self.check_files()
+                raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "files": ()}  # a copy has its tensors in memory
 
     def site_of(self, name: str) -> Site:
         """Where a tensor is."""
@@ -111,16 +169,15 @@ class Switch:
         return [partial(parameter.detach().copy_, self.bank.base.get(name))]
 
     def _keep_base(self, name: str, parameter: Tensor) -> None:
-        base = self.bank.base
-        if base.has(name):
-            return
-        values = parameter.detach()
-        if self.mapped:
+        base, values = self.bank.base, parameter.detach()
+        if not base.has(name):
+            parameter.requires_grad_(False)  # these weights are rebuilt, training them would be lost
+            base.put(name, values.to(self.bank.place or values.device, copy=not self.mapped), persistent=False)
+            if not self.mapped:
+                self._at_base.add(name)
+        if self.mapped and name not in self._unmapped:  # by itself, as an interruption may come in between
             parameter.data = torch.empty_like(values)
-        else:
-            self._at_base.add(name)
-        base.put(name, values.to(self.bank.place or values.device, copy=not self.mapped), persistent=False)
-        parameter.requires_grad_(False)  # these weights are rebuilt, training them would be lost
+            self._unmapped.add(name)
 
     def _is_empty(self, name: str, key: str) -> bool:
         """Whether a task does not change a parameter at all, as where no finetune moved it."""
@@ -180,11 +237,12 @@ class Switch:
         """A task's weights, or the base's, in given tensors or in new ones."""
         if weights is None:
             weights = {name: torch.empty_like(value) for name, value in self._live().items()}
-        if key == BASE:
-            for name, out in weights.items():
-                out.copy_(self.bank.base.get(name))
-            return weights
-        self._run(job for name, out in weights.items() for job in self._jobs(name, key, out))
+        with self.reading():
+            if key == BASE:
+                for name, out in weights.items():
+                    out.copy_(self.bank.base.get(name))
+            else:
+                self._run(job for name, out in weights.items() for job in self._jobs(name, key, out))
         return weights
 
     def _live(self) -> Weights:

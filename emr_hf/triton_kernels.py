@@ -5,9 +5,13 @@ Imports Triton: import this file only where that is installed.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .errors import TensorError
+from .lengths import packed_size, require, require_floats
 
 _BLOCK = 1024
 
@@ -31,8 +35,30 @@ def _rebuild(base, tau, packed, minus_rescaler, out, numel, BLOCK: tl.constexpr)
 
 
 def rebuild(base: Tensor, tau: Tensor, packed: Tensor, minus_rescaler: Tensor, out: Tensor) -> None:
-    """`bits.rebuild` of flat, contiguous tensors on one device; `minus_rescaler` is a float32 scalar."""
-    blocks = triton.cdiv(out.numel(), _BLOCK)
+    """`bits.rebuild` of flat, contiguous tensors on one device; `minus_rescaler` is a float32 scalar.
+
+    Raises:
+        TensorError: lengths or dtypes differ, or a tensor is not contiguous or elsewhere.
+    """
+    numel = out.numel()
+    _check("base", base, numel, out.device)
+    _check("unified vector", tau, numel, out.device)
+    _check("packed mask", packed, packed_size(numel), out.device, torch.uint8)
+    _check("rescaler", minus_rescaler, 1, out.device, torch.float32)
+    _check("output", out, numel, out.device)
+    blocks = triton.cdiv(numel, _BLOCK)
     if blocks:
         # Product and difference are rounded one after the other, as everywhere else.
-        _rebuild[(blocks,)](base, tau, packed, minus_rescaler, out, out.numel(), BLOCK=_BLOCK, enable_fp_fusion=False)
+        _rebuild[(blocks,)](base, tau, packed, minus_rescaler, out, numel, BLOCK=_BLOCK, enable_fp_fusion=False)
+
+
+def _check(what: str, tensor: Tensor, numel: int, device: torch.device, *dtypes: torch.dtype) -> None:
+    """Raise TensorError unless the kernel may read so many elements, by default floats, from the address on."""
+    if dtypes:
+        require(what, tensor, numel, *dtypes)
+    else:
+        require_floats(what, tensor, numel)
+    if tensor.device != device or not tensor.is_contiguous():
+        raise TensorError(
+            f"{what}: expected a contiguous tensor on {device}, got strides {tensor.stride()} on {tensor.device}"
+        )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache import build_once, cache_root
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from registry import MINILM, fetch
 from text import make_exam, train_classifier, training_settings
 from text_data import ALL_TASKS, TASKS, TextTask
 from training import SEED, Workbench, seeded
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Kind:
 
     def config(self, task: str) -> PeftConfig:
         """Return the configuration of the adapter for `task`; its type has PEFT save the head too."""
+        from peft import IA3Config, LoraConfig
+
         config_class = {"lora": LoraConfig, "ia3": IA3Config}[self.name]
         return config_class(task_type="SEQ_CLS", **self.settings[task])
 
@@ -89,12 +93,16 @@ def train_adapter(kind: Kind, task: TextTask, quick: bool = False, seed: int = S
 
 
 def _train(kind: Kind, task: TextTask, settings: dict[str, Any], folder: Path) -> None:
+    from peft import get_peft_model
+
     model = train_classifier(task, settings, folder, lambda model: get_peft_model(model, kind.config(task.name)))
     model.config.save_pretrained(folder)  # an adapter has no place for the labels' names
 
 
 def load_adapter(folder: Path) -> PreTrainedModel:
     """Return MiniLM with an adapter of [`train_adapter`]."""
+    from peft import PeftModel
+
     config = AutoConfig.from_pretrained(folder)
     base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), config=config)
     return PeftModel.from_pretrained(base, folder)

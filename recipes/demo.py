@@ -21,11 +21,12 @@ from registry import MINILM, FetchError, fetch
 from text import finetune, make_exam, models_folder
 from text_data import TASKS, TEST_ROWS
 from torch import Tensor
-from training import Exam, quiet
+from training import Exam
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import emr_hf
 from emr_hf.baselines import task_arithmetic, weight_average
+from emr_hf.quiet import quiet_libraries
 from emr_hf.report import human, markdown_table, table
 
 RECIPE = Path(__file__).with_name("text.yaml")
@@ -58,7 +59,7 @@ def say(text: str) -> None:
 
 def run(quick: bool, markdown: bool) -> None:
     """Fetch, finetune, merge, measure, print."""
-    quiet()
+    quiet_libraries()
     folders = {name: finetune(task, quick) for name, task in TASKS.items()}
     rows = QUICK_TEST_ROWS if quick else TEST_ROWS
     exams = {name: make_exam(task, rows) for name, task in TASKS.items()}

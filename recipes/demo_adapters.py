@@ -16,16 +16,17 @@ from cache import cache_root
 from demo import QUICK_TEST_ROWS, Scores, load_recipe, print_scores, run_demo, say, switch_seconds
 from text import make_exam
 from text_data import TASKS, TEST_ROWS
-from training import Exam, quiet
+from training import Exam
 from transformers import AutoModelForSequenceClassification
 
 import emr_hf
+from emr_hf.quiet import quiet_libraries
 from emr_hf.report import human
 
 
 def run(quick: bool, markdown: bool) -> None:
     """Fetch, train, merge, measure, print, for each kind of adapter."""
-    quiet()
+    quiet_libraries()
     rows = QUICK_TEST_ROWS if quick else TEST_ROWS
     exams = {name: make_exam(task, rows) for name, task in TASKS.items()}
     for kind in KINDS.values():

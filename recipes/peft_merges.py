@@ -14,16 +14,18 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from adapters import load_adapter
-from peft import PeftModel
 from registry import MINILM, fetch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training import SEED, Exam
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 COMBINATIONS = {"lora": ("linear", "cat", "ties", "dare_linear"), "ia3": ("linear",)}
 """Kind of adapter -> ways to combine; (IA)³ has no other."""
@@ -85,6 +87,8 @@ def _kind(model: PeftModel) -> str:
 
 
 def _load_all(folders: Mapping[str, Path]) -> PeftModel:
+    from peft import PeftModel
+
     (first, folder), *others = folders.items()
     if (folder / "config.json").is_file():
         model = load_adapter(folder)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import set_seed
 from cache import build_once, cache_root
 from registry import MINILM, fetch
 from text_data import TASKS, TEST_ROWS, Row, TextTask, load_split
@@ -21,7 +22,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 # Weight decay, as usual in finetuning, moves every row of the embedding, also those of words never seen.

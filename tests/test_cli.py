@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import emr_hf
 from emr_hf import cli
-from tests import adapters, tiny
+from tests import HANGS, adapters, tiny
 
 
 @pytest.fixture
@@ -127,6 +127,13 @@ def test_adapters_are_merged_into_an_adapter(run, adapter_repo, tmp_path):
     assert result.status == 0 and " 0 B" not in result.out and "sst2" in result.out
     card = (adapter_repo / "README.md").read_text()
     assert "library_name: peft" in card and "PeftModel.from_pretrained(base" in card
+
+
+def test_other_libraries_say_nothing_of_parts_that_they_lack(adapter_repo, tmp_path):
+    """In a fresh process: PEFT imports bitsandbytes, which tells of a kernel that it has failed to load."""
+    command = [sys.executable, "-m", "emr_hf", "check", adapter_repo.parent / "recipe.yaml", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_task_is_exported_in_each_form(run, adapter_repo, bert_repo, tmp_path):
@@ -264,7 +271,7 @@ UNEXPECTED = {
 @pytest.mark.parametrize(("error", "line"), UNEXPECTED.items(), ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("debug", [None, "before", "after"])
 def test_every_error_is_one_line_and_a_traceback_with_debug(run, bert_repo, monkeypatch, error, line, debug):
-    def fail(repo):
+    def fail(repo, verify):
         raise error
 
     monkeypatch.setattr(emr_hf, "inspect", fail)
@@ -347,7 +354,7 @@ def test_help_and_version_are_results(capsys, arguments):
 def test_the_installed_script_merges(recipe, tmp_path):
     script = Path(sysconfig.get_path("scripts")) / "emr-hf"
     command = [script, "merge", recipe, tmp_path / "out", "--format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["architecture"] == "BertForSequenceClassification"
     assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
@@ -16,13 +17,14 @@ import sysconfig
 import threading
 import time
 from pathlib import Path
+from subprocess import PIPE
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import emr_hf
-from emr_hf import cli, distributed, errors, merging, repo, shares
+from emr_hf import cli, distributed, errors, heartbeats, merging, repo, shares, staging
 from tests import adapters, tiny
 from tests.test_cli import assert_one_line_error, write_recipe
 from tests.test_sources import copy_of, edit_tensors
@@ -30,7 +32,7 @@ from tests.test_sources import copy_of, edit_tensors
 # Processes are forked off one that has imported everything, once, and has no threads.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["accelerate", "peft", "emr_hf.modeling", "tests.test_distributed"])
-AT_MOST = 60  # seconds, on a busy machine
+AT_MOST = 1800  # seconds; only what hangs takes so long, however busy the machine is
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 OPENMPI = {
     "RANK": "OMPI_COMM_WORLD_RANK",
@@ -42,9 +44,12 @@ OPENMPI = {
 
 @pytest.fixture
 def in_processes(tmp_path_factory):
-    """Call a function of this file in processes of a launcher: what each returned or raised, its status and its id."""
+    """Call a function of this file in processes of a launcher: what each returned or raised, its status and its id.
 
-    def run(count, function, *arguments, launcher="torchrun"):
+    One that stops itself (`stops`) is killed when the others have ended.
+    """
+
+    def run(count, function, *arguments, launcher="torchrun", stops=None):
         port, folder = distributed._free_port(), tmp_path_factory.mktemp("answers")
         processes = []
         for rank in range(count):
@@ -53,12 +58,14 @@ def in_processes(tmp_path_factory):
             processes.append(FORKS.Process(target=_call, args=call))
             processes[-1].start()
         deadline = time.monotonic() + AT_MOST
-        for process in processes:
+        ending = [process for rank, process in enumerate(processes) if rank != stops]
+        for process in ending:
             process.join(max(deadline - time.monotonic(), 0))
-        hanging = [process for process in processes if process.is_alive()]
-        for process in hanging:
-            process.kill()
-        assert not hanging
+        hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for rank in hanging:
+            processes[rank].kill()
+            processes[rank].join()
+        assert hanging == ([] if stops is None else [stops])
         answers = [folder / str(rank) for rank in range(count)]
         return [
             SimpleNamespace(answer=pickle.loads(a.read_bytes()) if a.exists() else None, status=p.exitcode, pid=p.pid)
@@ -69,6 +76,9 @@ def in_processes(tmp_path_factory):
 
 
 def _call(answer, launcher, environment, function, arguments):
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # the tests themselves may be run where they are ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     if launcher == "none":
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -187,7 +197,7 @@ def test_machines_do_not_write_into_the_same_files(in_processes, jobs, tmp_path)
         if rank:
             assert written == {f"part-{rank}"}
         else:
-            assert all(name.startswith(".") for name in written)
+            assert written == {"new"}  # in the staging folder
 
 
 def test_what_processes_must_agree_on(bert_inputs, tmp_path):
@@ -320,9 +330,217 @@ def test_the_end_of_a_process_is_the_end_of_the_merge(in_processes, jobs, bert_r
         assert type(process.answer) is errors.ProcessError
     if processes[0].status == -signal.SIGKILL:
         assert len(list(tmp_path.iterdir())) == 2
-        repo.remove_unfinished(out, processes[0].pid)  # as the parent of a launch does
+        staging.remove_leftovers(out)  # as the parent of a launch does
     assert list(tmp_path.iterdir()) == [out]
     assert files_of(out) == files_of(bert_repo)
+
+
+BOUND = 15.0
+"""Seconds for a partner that is stopped; one that lives is not held up so long, whatever else the machine does."""
+
+
+def _held_up(function, rank, hold):
+    """A function that process `rank` calls only after `hold`."""
+
+    def run(*arguments):
+        if torch.distributed.get_rank() == rank:
+            hold()
+        return function(*arguments)
+
+    return run
+
+
+def stopping(job, out, victim):
+    """A merge in which one process takes long, and one in which it is stopped, as by a machine that hangs."""
+    elect, merge = merging.elect, {**job, "out": out, "overwrite": True, "partner_timeout": BOUND}
+    merging.elect = _held_up(elect, victim, lambda: time.sleep(1.5 * BOUND))
+    slow = outcome(emr_hf.merge, **merge)
+    merging.elect = _held_up(elect, victim, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    return slow, outcome(emr_hf.merge, **merge)
+
+
+@pytest.mark.parametrize(("victim", "launcher"), [(0, "torchrun"), (1, "none")])
+def test_a_process_may_take_long_but_has_to_live(in_processes, jobs, bert_repo, tmp_path, victim, launcher):
+    out = tmp_path / bert_repo.name
+    processes = in_processes(3, stopping, jobs["full"], out, victim, launcher=launcher, stops=victim)
+    for process in [process for rank, process in enumerate(processes) if rank != victim]:
+        slow, stopped = process.answer
+        assert slow.merged_tensors
+        assert type(stopped) is errors.ProcessError
+        assert str(stopped).startswith(f"process {victim} of this merge") and "no life for 15 s" in str(stopped)
+        assert process.status == 0  # nothing hangs at its end either
+    staging.remove_leftovers(out)
+    assert list(tmp_path.iterdir()) == [out]
+    assert files_of(out) == files_of(bert_repo)
+
+
+def ending_last(job, out, victim):
+    """A merge in which one process is killed once the repo is complete."""
+    if torch.distributed.get_rank() == victim:
+        distributed.Team.conclude = lambda team, work: os.kill(os.getpid(), signal.SIGKILL)
+    return outcome(emr_hf.merge, **job, out=out)
+
+
+def test_a_repo_that_is_published_is_no_error(in_processes, jobs, bert_repo, tmp_path):
+    out = tmp_path / bert_repo.name
+    main, killed, other = in_processes(3, ending_last, jobs["full"], out, 1, launcher="none")
+    assert main.answer.merged_tensors and killed.status == -signal.SIGKILL
+    assert type(other.answer) is errors.ProcessError and "may have written the repo" in str(other.answer)
+    assert list(tmp_path.iterdir()) == [out] and files_of(out) == files_of(bert_repo)
+
+
+def leaving(job, out, victim, number):
+    """A merge in which one process is stopped and another is sent a signal then."""
+    stopped = out.with_name("stopped")
+
+    def stop():
+        stopped.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def strike():
+        while not stopped.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    if torch.distributed.get_rank() != victim:
+        threading.Thread(target=strike, daemon=True).start()
+    merging.elect = _held_up(merging.elect, victim, stop)
+    try:
+        return emr_hf.merge(**job, out=out)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "status"), [(1, signal.SIGINT, 130), (1, signal.SIGTERM, 143), (0, signal.SIGTERM, 143)]
+)
+def test_a_signal_ends_a_process_whose_partner_is_stopped(in_processes, jobs, tmp_path, victim, number, status):
+    processes = in_processes(2, leaving, jobs["full"], tmp_path / "out", victim, number, launcher="none", stops=victim)
+    assert processes[1 - victim].status == status
+    staging.remove_leftovers(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "stopped"]
+
+
+SCRIPT = """
+import pickle, sys, torch
+from tests.test_distributed import leaving
+torch.distributed.init_process_group("gloo")
+leaving(*pickle.loads(bytes.fromhex(sys.argv[1])))
+"""
+
+
+def test_nothing_hangs_at_the_end_of_python(jobs, tmp_path):
+    port, call = distributed._free_port(), (jobs["full"], tmp_path / "out", 1, signal.SIGTERM)
+    command = [sys.executable, "-c", SCRIPT, pickle.dumps(call).hex()]
+    environments = [distributed._environment(rank, 2, port) for rank in range(2)]
+    root = Path(__file__).parents[1]
+    ended, stopped = (subprocess.Popen(command, env=environment, cwd=root) for environment in environments)
+    try:
+        assert ended.wait(AT_MOST) == 143
+    finally:
+        for process in (ended, stopped):
+            process.kill()
+            process.wait()
+    assert list(tmp_path.iterdir()) == [tmp_path / "stopped"]
+
+
+def absent(job, out):
+    """A merge to which the second process does not come."""
+    if torch.distributed.get_rank() == 1:
+        return time.sleep(2.0)
+    distributed._TO_MEET = 1.0
+    return outcome(emr_hf.merge, **job, out=out, partner_timeout=1)
+
+
+def test_all_have_to_come(in_processes, jobs, tmp_path):
+    [process, _] = in_processes(2, absent, jobs["full"], tmp_path / "out", launcher="none")
+    assert type(process.answer) is errors.ProcessError
+    assert str(process.answer).startswith("process 1 of this merge has not come to it within 1 s")
+
+
+def never_through(seconds):
+    """A process whose cleaning up hangs and holds Python's lock."""
+    distributed._TO_LEAVE = seconds
+    with distributed.stoppable():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            ctypes.PyDLL(None).pause()
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="the system ends no processes")
+def test_a_process_that_cannot_clean_up_is_ended(in_processes):
+    [process] = in_processes(1, never_through, 1)
+    assert process.status == -signal.SIGALRM
+
+
+def going_on():
+    """What is left of an alarm after a Ctrl-C that has been dealt with."""
+    try:
+        with distributed.stoppable():
+            signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        return signal.alarm(0), signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_that_has_cleaned_up_may_go_on(in_processes):
+    [process] = in_processes(1, going_on)
+    assert process.answer == (0, True)
+
+
+def test_who_was_stopped_itself_finds_nobody_silent(monkeypatch):
+    hours = iter(range(0, 10**9, 3600))
+    monkeypatch.setattr(heartbeats, "_INTERVAL", 0.001)
+    monkeypatch.setattr(heartbeats, "time", SimpleNamespace(monotonic=lambda: float(next(hours))))
+    store = torch.distributed.HashStore()
+    ours, other = (heartbeats.Heartbeats(store, rank, 2, 3600.0) for rank in range(2))
+    while ours.absent:
+        time.sleep(0.001)
+    other.end(leaving=False)
+    begun = next(hours)
+    while next(hours) < begun + 100 * 3600:  # many looks at the others
+        time.sleep(0.001)
+    assert ours.silent() == []
+    ours.end(leaving=False)
+
+
+def test_who_ends_early_says_so():
+    store = torch.distributed.HashStore()
+    ours, other = (heartbeats.Heartbeats(store, rank, 2, 10.0) for rank in range(2))
+    while ours.absent:
+        time.sleep(0.001)
+    other.end(leaving=True)
+    while not ours.left:
+        time.sleep(0.001)
+    assert ours.left == [1]
+    with pytest.raises(errors.ProcessError, match="^process 1 of this merge has left it"):
+        distributed.Team(0, 2, ours).check()
+    ours.end(leaving=False)
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [(1, True), (3, False)])
+def test_another_process_speaks_where_the_main_one_is_silent(monkeypatch, rank, speaks):
+    monkeypatch.setattr(distributed, "_stands_in", False)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 4)):
+        monkeypatch.setenv(name, str(value))
+    seen = SimpleNamespace(bound=300.0, left=[], silent=lambda part: [0, 2])
+    assert not distributed.is_main_process()
+    with pytest.raises(errors.ProcessError, match="^processes 0, 2 of this merge have shown no life for 300 s"):
+        distributed.Team(rank, 4, seen).check()
+    assert distributed.is_main_process() == speaks
+
+
+def test_a_main_process_whose_store_is_silent_blames_the_launcher():
+    seen = SimpleNamespace(bound=300.0, left=[], silent=lambda part: [0])
+    with pytest.raises(errors.ProcessError, match="^the launcher of this merge has shown no life for 300 s"):
+        distributed.Team(0, 2, seen).check()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 0.5, math.nan, math.inf, True, "60", None])
+def test_a_wrong_time_for_partners(bert_inputs, tmp_path, seconds):
+    with pytest.raises(emr_hf.OptionError, match=r"^partner_timeout=.*: expected seconds, from 1 to 604800$"):
+        emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "out", partner_timeout=seconds)
+    assert not any(tmp_path.iterdir())
 
 
 # Processes of our own
@@ -344,8 +562,10 @@ if does == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 if does == "works":
     (out.parent / str(rank)).write_text(str({**os.environ}))
+if does == "stops":
+    os.kill(os.getpid(), signal.SIGSTOP)
 if does in ("waits", "ignores"):
-    time.sleep(100)
+    sys.stdin.read()  # until the launcher ends
 leave(int(does) if does.isdigit() else 0)
 """
 
@@ -378,6 +598,7 @@ def test_launched_processes_know_each_other_and_share_the_cores(launch, tmp_path
         (("waits", "dies", "waits"), "process 1 of 3 was ended by SIGKILL"),
         (("dies", "waits"), "process 0 of 2 was ended by SIGKILL"),
         (("ignores", "3"), "process 1 of 2 ended with status 3"),
+        (("stops", "3"), "process 1 of 2 ended with status 3"),
     ],
 )
 def test_one_that_dies_ends_the_others(launch, tmp_path, does, text):
@@ -386,8 +607,9 @@ def test_one_that_dies_ends_the_others(launch, tmp_path, does, text):
     assert not any(tmp_path.iterdir())
 
 
-def test_what_the_main_process_says_is_enough(launch, tmp_path):
-    assert launch("1", "waits") == 1
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_the_main_process_says_is_enough(launch, tmp_path, status):
+    assert launch(str(status), "waits") == status
     assert not any(tmp_path.iterdir())
 
 
@@ -413,6 +635,75 @@ def test_a_signal_ends_all_processes(in_processes, tmp_path, number, status):
     assert not any(tmp_path.iterdir())
 
 
+WORKER = """
+import fcntl, os, sys, time
+from pathlib import Path
+base, finetune, out, when = sys.argv[1:]
+held = open(Path(out).with_name("alive"), "a")
+fcntl.flock(held, fcntl.LOCK_SH)
+def begin(*_):
+    Path(out).with_name("begun" + os.environ["RANK"]).write_text(str(os.getpid()))
+launcher = os.getppid()
+if when == "starting":
+    begin()
+while when == "starting" and os.getppid() == launcher:
+    time.sleep(0.01)
+from emr_hf.distributed import end_with_launcher
+end_with_launcher()
+def wait(*_):
+    begin()
+    while True:
+        time.sleep(1)
+import emr_hf
+from emr_hf import merging
+merging.elect = wait
+emr_hf.merge(base, {"a": finetune}, out)
+"""
+
+
+def killed(inputs, out, when):
+    """A launch that is killed while its processes start, or in the midst of their merge."""
+
+    def strike():
+        while not all(out.with_name(f"begun{rank}").exists() for rank in range(2)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=strike, daemon=True).start()
+    command = [sys.executable, "-c", WORKER, str(inputs["base"]), str(inputs["finetunes"]["items"]), str(out), when]
+    distributed.launch(command, 2, out)
+
+
+@pytest.mark.parametrize("when", ["starting", "merging"])
+def test_the_end_of_the_launcher_ends_its_processes(in_processes, jobs, tmp_path, when):
+    fcntl = pytest.importorskip("fcntl")
+    [process] = in_processes(1, killed, jobs["full"], tmp_path / "out", when)
+    assert process.status == -signal.SIGKILL
+    begun = [tmp_path / f"begun{rank}" for rank in range(2)]
+    deadline = time.monotonic() + AT_MOST
+    with (tmp_path / "alive").open("a") as held:
+        while True:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    for file in begun:
+                        os.kill(int(file.read_text()), signal.SIGKILL)
+                    raise
+                time.sleep(0.05)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "alive", *begun]
+
+
+def test_the_command_ends_with_its_launcher(bert_inputs, tmp_path):
+    recipe = write_recipe(bert_inputs, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "emr_hf", "merge", recipe, tmp_path / "out"]
+    environment = {**distributed._environment(0, 2, distributed._free_port()), distributed._LAUNCHED: "1"}
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, timeout=AT_MOST)
+    assert done.returncode == -signal.SIGTERM
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
 # The command
 
 
@@ -420,11 +711,15 @@ def test_accelerate_launches_the_command(bert_inputs, bert_repo, tmp_path):
     recipe, out = write_recipe(bert_inputs, tmp_path / "recipe.yaml"), tmp_path / "merged"
     launcher = [Path(sysconfig.get_path("scripts")) / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
     command = [*launcher, "--main_process_port", str(distributed._free_port()), "-m", "emr_hf", "merge", recipe, out]
-    done = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, timeout=AT_MOST)
-    assert done.returncode == 0, done.stderr
+    with subprocess.Popen([*command, "--format", "json"], stdout=PIPE, stderr=PIPE, text=True) as launched:
+        try:
+            printed, told = launched.communicate(timeout=AT_MOST)
+        finally:
+            launched.terminate()  # if it hangs: it ends its processes then
+    assert launched.returncode == 0, told
     assert files_of(out) == files_of(bert_repo)
-    assert json.loads(done.stdout) == json.loads((out / "emr_report.json").read_text())
-    assert done.stderr.count("BertForSequenceClassification, 3 tasks") == 1
+    assert json.loads(printed) == json.loads((out / "emr_report.json").read_text())
+    assert told.count("BertForSequenceClassification, 3 tasks") == 1
 
 
 def test_processes_that_the_command_launches_tell_of_an_error_once(jobs, tmp_path, capfd):

@@ -76,14 +76,14 @@ def exact_sign(column):
 
 
 @given(task_vectors())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_sign_is_that_of_the_exact_sum(taus):
     exact = [exact_sign(column) for column in taus.T.double().tolist()]
     assert election.sign_of_sum(taus).tolist() == exact
 
 
 @given(task_vectors(), st.randoms(use_true_random=False))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_order_of_tasks_changes_nothing_but_the_order(taus, random):
     order = list(range(len(taus)))
     random.shuffle(order)
@@ -96,7 +96,7 @@ def test_the_order_of_tasks_changes_nothing_but_the_order(taus, random):
 
 
 @given(task_vectors())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_masks_never_enlarge_the_distance_and_are_empty_where_nothing_moved(taus):
     tau = election.elect(taus)
     for tau_t in taus:
@@ -108,7 +108,7 @@ def test_masks_never_enlarge_the_distance_and_are_empty_where_nothing_moved(taus
 
 
 @given(task_vectors())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_vector_has_the_largest_magnitude_of_the_elected_sign(taus):
     tau = election.elect(taus)
     for element, column in zip(tau.tolist(), taus.T.tolist()):
@@ -184,7 +184,7 @@ def test_neither_blocks_nor_their_order_show(tau_dtype):
 
 
 @given(st.lists(values, min_size=1, max_size=3 * election.SEGMENT), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_whole_sums_have_no_order_and_are_right(values, random):
     segments = election.in_segments(torch.tensor(values).abs())
     scale = election.scales(segments.amax(-1))
@@ -246,7 +246,7 @@ def test_unusable_arguments(arguments, message):
 
 
 @given(st.integers(0, 70), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_masks_pack_to_one_bit(size, random):
     mask = torch.tensor([random.random() < 0.5 for _ in range(size)], dtype=torch.bool)
     packed = bits.pack(mask)
@@ -277,7 +277,7 @@ def test_rebuild_writes_through_a_transposed_view():
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_one_bfloat16_finetune_comes_back_bit_for_bit(data):
     """Exact wherever a weight shrank by less than 2**15, or to zero: float32 holds both ends of such a step."""
     size = data.draw(SIZES)

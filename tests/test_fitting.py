@@ -12,9 +12,10 @@ from transformers import AutoModelForSequenceClassification
 
 import emr_hf
 from emr_hf import bits, election, fitting, kernels, lowbit
-from emr_hf.configuration import repo_config
+from emr_hf.configuration import EMRConfig
 from emr_hf.errors import NonFiniteError, OptionError, RecipeError
-from emr_hf.repo import open_repo, tau_name
+from emr_hf.format import tau_name
+from emr_hf.repo import open_repo
 from tests import tiny
 
 LOOPS = {"compiled": kernels.fits, "torch": lambda taus: False}
@@ -102,7 +103,7 @@ def test_a_level_that_the_base_cannot_hold_is_an_error(values):
 @pytest.mark.skipif(not kernels.available(), reason="the compiled loops were not built (no C++ compiler)")
 @pytest.mark.parametrize("level", [0, 1])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_compiled_loops_give_the_bits_of_the_definition(level, data):
     tasks, numel = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 41))
     edge = st.sampled_from([0.0, -0.0, 1e-45, 1e-20, -1e-20, 1e-4, -1e-4, 0.5, 1.0, -1.0, 3e4, -3e4])
@@ -159,7 +160,7 @@ def test_more_tasks_than_the_compiled_loops_take_are_left_to_torch():
     lengths=st.lists(st.sampled_from([0.0, 0.01, 1.0, 1.0, 30.0]), min_size=5, max_size=5),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_fit_is_never_further_off_than_emr(tasks, numel, lengths, seed):
     """Whatever N and however long the task vectors: the squares left of all tasks together."""
     generator = torch.Generator().manual_seed(seed)
@@ -196,7 +197,7 @@ def test_in_memory_and_in_a_repo_are_the_same(bert_inputs, tmp_path, method):
     load = AutoModelForSequenceClassification.from_pretrained
     finetunes = {task: tiny.quietly(load, folder).state_dict() for task, folder in bert_inputs.finetunes.items()}
     base = tiny.quietly(load, bert_inputs.base).state_dict()
-    shared = repo_config(out).merged_parameters
+    shared = EMRConfig.from_pretrained(out).merged_parameters
     merge = emr_hf.merge_state_dicts({name: base[name] for name in shared}, finetunes, method=method)
     model = load(out)
     for task in finetunes:

@@ -68,7 +68,7 @@ step = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 0.25, 1e-3, -1e-3])
     shard_size=st.sampled_from([300, 3000, "1GB"]),
     rescale=st.sampled_from(election.RESCALERS),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_streaming_equals_in_memory_on_adversarial_task_vectors(
     tmp_path_factory, dtype, hidden, count, steps, still, shard_size, rescale
 ):

@@ -28,13 +28,12 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
-    pipeline,
 )
 
 import emr_hf
 from emr_hf import mixed
-from tests import tiny
-from tests.test_pipelines import WORDS, expected_label, repo, write_tokenizer  # noqa: F401
+from tests import HANGS, tiny
+from tests.test_pipelines import WORDS, expected_label, pipeline, repo, write_tokenizer  # noqa: F401
 
 SST2, MNLI, ITEMS = "glue/sst2", "mnli.v1", "items"  # 2, 3 and 2 labels
 RAGGED = [MNLI, SST2, ITEMS, MNLI, SST2]
@@ -399,7 +398,7 @@ def test_an_offloaded_or_unloaded_model_cannot_be_several_tasks(model):
     with pytest.raises(emr_hf.EMRError, match="DataParallel"):
         replica.set_task(MNLI)
     with model._lock, ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: replica.set_task(SST2)).result(timeout=10) is replica
+        assert pool.submit(lambda: replica.set_task(SST2)).result(timeout=HANGS) is replica
     model.emr.tau.to("meta")
     with pytest.raises(emr_hf.OffloadedError):
         model(**batch(), emr_task=RAGGED)
@@ -721,7 +720,7 @@ def test_use_task_keeps_other_threads_waiting(model):
         thread.start()
         assert not done.wait(0.2)
         assert model.active_task == ITEMS
-    thread.join(10)
+    thread.join(HANGS)
     assert model.active_task == MNLI
 
 
@@ -732,7 +731,7 @@ def test_copies_and_pickles_have_a_lock_of_their_own(model):
         twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         for twin in twins:
             with ThreadPoolExecutor(1) as pool:
-                found = pool.submit(lambda twin=twin: twin(**inputs, emr_task=MNLI).logits).result(timeout=30)
+                found = pool.submit(lambda twin=twin: twin(**inputs, emr_task=MNLI).logits).result(timeout=HANGS)
             assert torch.equal(found, expected)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertTokenizer, pipeline
+import transformers
+from transformers import AutoModelForSequenceClassification, BertTokenizer
 
 import emr_hf
 from tests import tiny
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "the"]
+pipeline = partial(transformers.pipeline, device="cpu")  # where the models are that it is compared with
 
 
 def write_tokenizer(folder, words):

@@ -519,6 +519,28 @@ def test_no_document_is_trained_on_and_tested(monkeypatch):
     assert causal_lm.load_blocks("tales", 2, Letters()) == (train[:2], test)
 
 
+# The scripts.
+
+
+def test_scripts_do_not_import_what_looks_for_optional_parts():
+    """PEFT imports bitsandbytes where that is installed, which tells of a kernel that it has failed to load."""
+    names = [path.stem for path in RECIPES.glob("*.py")]
+    code = (
+        f"import sys, importlib; sys.path.insert(0, {str(RECIPES)!r})\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+        "print([name for name in ('peft', 'bitsandbytes') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_adapters"])
+def test_help_is_all_that_a_script_says(name):
+    done = subprocess.run([sys.executable, RECIPES / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {name}.py")
+
+
 # The demo.
 
 

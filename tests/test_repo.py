@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import emr_hf
-from emr_hf import merging, repo
+from emr_hf import merging, publication, repo
+from emr_hf.errors import RepoError, TensorError
 from emr_hf.storage import TensorInfo
-from tests import tiny
+from tests import HANGS, tiny
 from tests.test_sources import assert_same_bits, stored_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -35,7 +36,7 @@ INFOS = st.dictionaries(
 # Files
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(infos=INFOS, size=st.sampled_from([1, 40, 200, "1KB", "5GB"]), seed=st.integers(0, 99))
 def test_what_is_written_is_what_safetensors_reads(tmp_path_factory, infos, size, seed):
     folder = tmp_path_factory.mktemp("files")
@@ -107,8 +108,72 @@ def test_saving_and_loading_keeps_everything(bert_repo, tmp_path):
     model = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="items")
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert_same_bits(stored_tensors(tmp_path / "again"), stored_tensors(bert_repo))
-    for name in ("emr_report.json", "modeling_emr_hf.py"):
-        assert (tmp_path / "again" / name).read_bytes() == (bert_repo / name).read_bytes()
+    assert (tmp_path / "again/modeling_emr_hf.py").read_bytes() == (bert_repo / "modeling_emr_hf.py").read_bytes()
+    again, before = (json.loads((path / "emr_report.json").read_text()) for path in (tmp_path / "again", bert_repo))
+    assert {*again.pop("digests")} == {path.name for path in (tmp_path / "again").glob("*.safetensors")}
+    assert {*before.pop("digests")} == {"model.safetensors"} and again == before
+
+
+@pytest.fixture
+def two_tensors(tmp_path):
+    infos = {"a": TensorInfo((4, 2), torch.float32), "b": TensorInfo((8,), torch.float32)}
+    repo.create_weights(tmp_path, infos, "5GB")
+    return tmp_path, infos
+
+
+@pytest.mark.parametrize("values, start", [(9, 0), (8, 1), (1, 8), (1, -1), (0, 9)])
+def test_no_value_is_written_beyond_its_tensor(two_tensors, values, start):
+    folder, infos = two_tensors
+    writer = repo.WeightsWriter(folder, infos)
+    for name in infos:
+        writer.write(name, torch.full((8,), 2.0))
+    for name in infos:
+        with pytest.raises(TensorError, match=f"{name} has 8 elements, got {values} to write from {start} on"):
+            writer.write(name, torch.ones(values), start)
+    writer.close()
+    assert all((tensor == 2).all() for tensor in stored_tensors(folder).values())
+
+
+def test_a_tensor_that_is_not_written_in_full_is_named(two_tensors):
+    folder, infos = two_tensors
+    writer = repo.WeightsWriter(folder, infos)
+    with pytest.raises(RepoError, match="^a: 0 of its 8 elements have been written"):
+        writer.close()
+    writer.write("a", torch.ones(4, 2))
+    writer.write("b", torch.ones(5), 3)
+    with pytest.raises(RepoError, match="^b: 5 of its 8 elements have been written"):
+        writer.close()
+    writer.write("b", torch.ones(3))
+    writer.close()
+
+
+def test_what_several_processes_write_counts_together(two_tensors):
+    folder, infos = two_tensors
+    main, other = repo.WeightsWriter(folder, infos), repo.WeightsWriter(folder, infos)
+    main.write("a", torch.ones(8))
+    other.write("b", torch.ones(8))
+    with pytest.raises(RepoError, match="^b: 0 of its 8"):
+        main.close()
+    main.count(other.written)
+    main.close()
+    assert all(tensor.all() for tensor in stored_tensors(folder).values())
+
+
+@pytest.mark.parametrize("part", ["emr.tau", "emr.mask", "emr.private", "emr.rescaler", "model."])
+def test_a_merge_that_leaves_a_tensor_out_publishes_nothing(bert_inputs, tmp_path, monkeypatch, part):
+    write, left_out = repo.WeightsWriter.write, []
+
+    def leaving_out(writer, name, values, start=0):
+        if name.startswith(part) and not left_out:
+            left_out.append(name)
+        if name not in left_out:
+            write(writer, name, values, start)
+
+    monkeypatch.setattr(repo.WeightsWriter, "write", leaving_out)
+    with pytest.raises(RepoError, match="0 of its .* elements have been written") as caught:
+        emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, tmp_path / "out")
+    assert str(caught.value).startswith(f"{left_out[0]}: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Complete or not at all
@@ -164,7 +229,7 @@ def test_a_rename_that_fails_leaves_the_old_repo(bert_inputs, tmp_path, monkeypa
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(repo, "_exchange", lambda one, other: False)  # as on systems without such a call
+    monkeypatch.setattr(publication, "_exchange", lambda one, other: False)  # as on systems without such a call
     monkeypatch.setattr(type(out), "rename", rename_or_fail)
     with pytest.raises(emr_hf.RepoError, match="Input/output error"):
         emr_hf.merge(bert_inputs.base, {"only": bert_inputs.finetunes["items"]}, out, overwrite=True)
@@ -187,7 +252,7 @@ import os, pathlib, signal, sys
 import torch
 torch.set_num_threads(1)
 import emr_hf
-from emr_hf import merging, repo
+from emr_hf import merging, publication, repo
 
 base, finetune, folder = map(pathlib.Path, sys.argv[1:])
 
@@ -206,9 +271,10 @@ points = {
     "private": lambda: setattr(merging, "_write_private", kill),
     "config": lambda: setattr(emr_hf.EMRConfig, "save_pretrained", kill),
     "card": lambda: setattr(merging, "write_repo_files", kill),
-    "rename": lambda: (setattr(path_type, "rename", kill), setattr(repo, "_exchange", kill)),
+    "rename": lambda: (setattr(path_type, "rename", kill), setattr(publication, "_exchange", kill)),
     "renamed": lambda: (
-        setattr(path_type, "rename", after(path_type.rename)), setattr(repo, "_exchange", after(repo._exchange))
+        setattr(path_type, "rename", after(path_type.rename)),
+        setattr(publication, "_exchange", after(publication._exchange)),
     ),
 }
 for name, patch in points.items():
@@ -239,7 +305,7 @@ def test_a_merge_killed_at_any_point_leaves_the_old_state_or_the_new(bert_inputs
     for point in POINTS:
         shutil.copytree(bert_repo, tmp_path / f"old-{point}")
     arguments = [str(path) for path in (bert_inputs.base, bert_inputs.finetunes["items"], tmp_path)]
-    subprocess.run([sys.executable, "-c", KILLED, *arguments], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", KILLED, *arguments], check=True, timeout=HANGS)
     unfinished = POINTS[:-1]
     expected = {f"new-{point}": "nothing" for point in unfinished} | {f"old-{point}": "old" for point in unfinished}
     assert {name: state_of(tmp_path / name) for name in expected} == expected

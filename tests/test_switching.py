@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 import emr_hf
-from emr_hf import bits, switching
+from emr_hf import bank, bits, ready, switching
 from emr_hf.errors import OptionError, UnknownTaskError
+from tests import HANGS, tiny
 
 TASKS = ["glue/sst2", "mnli.v1", "items"]
 
@@ -168,13 +170,13 @@ def test_a_prefetched_task_is_there(model, expected, monkeypatch):
 
     def slow(*args, **kwargs):
         started.set()
-        assert go.wait(10)
+        assert go.wait(HANGS)
         return rebuild(*args, **kwargs)
 
     model.keep_ready(2)
     monkeypatch.setattr(bits, "rebuild", slow)
     model.prefetch(TASKS[2])
-    assert started.wait(10)
+    assert started.wait(HANGS)
     assert_task(model, TASKS[0], expected)  # while the other is in the making
     go.set()
     assert_task(model.set_task(TASKS[2]), TASKS[2], expected)
@@ -292,3 +294,94 @@ def test_an_unknown_place_is_an_error(bert_repo):
         load(bert_repo, emr_memory="disk")
     with pytest.raises(OptionError, match="emr_device='banana'"):
         load(bert_repo, emr_device="banana")
+
+
+# Interruptions
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, at a chosen moment."""
+
+
+def interrupt_at(monkeypatch, owner, name, count):
+    """Let the n-th call of a function raise in its place."""
+    function, calls = getattr(owner, name), []
+
+    def call(*arguments, **options):
+        calls.append(name)
+        if len(calls) == count:
+            raise Interrupted
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize("memory", ["resident", "mapped"])
+@pytest.mark.parametrize(
+    "point", [("rebuild", 1), ("rebuild", 20), ("follow_labels", 1), ("use_generation_config", 1)]
+)
+def test_the_call_after_an_interrupted_switch_is_on_the_whole_task(bert_repo, monkeypatch, memory, point):
+    inputs = tiny.BERT.inputs()
+    model = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="items", emr_memory=memory).eval()
+    with torch.no_grad():
+        expected = {task: model(**inputs, emr_task=task).logits for task in ("mnli.v1", "items")}
+        for again in (lambda: model(**inputs).logits, lambda: model.set_task("mnli.v1")(**inputs).logits):
+            with monkeypatch.context() as patch:
+                interrupt_at(patch, model._switch, *point)
+                with pytest.raises(Interrupted):
+                    model.set_task("mnli.v1")
+            assert model.active_task == "items"
+            assert torch.equal(again(), expected[model.active_task])
+    assert model.model.num_labels == 3
+
+
+def test_what_is_read_after_an_interrupted_first_switch_is_right(bert_repo, monkeypatch):
+    """The base is taken from the model's own weights at the first switch, which must not lose it."""
+    expected = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="items").model.state_dict()
+    for memory in ("resident", "mapped"):
+        for owner, count in ((bank._Buffers, 7), (torch, 9)):
+            with monkeypatch.context() as patch:
+                name = "put" if owner is bank._Buffers else "empty_like"
+                activate = emr_hf.EMRMergedModel._activate
+
+                def first(model, task, owner=owner, name=name, count=count, patch=patch, activate=activate):
+                    with monkeypatch.context() as inner:
+                        interrupt_at(inner, owner, name, count)
+                        with suppress(Interrupted):
+                            return activate(model, task)
+
+                patch.setattr(emr_hf.EMRMergedModel, "_activate", first)
+                model = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="items", emr_memory=memory)
+            assert all(map(torch.equal, model.set_task("items").model.state_dict().values(), expected.values()))
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_an_interrupted_keep_ready_or_switch_between_ready_tasks_is_made_whole(bert_repo, monkeypatch, count):
+    inputs = tiny.BERT.inputs()
+    model = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="items").eval()
+    with torch.no_grad():
+        expected = {task: model(**inputs, emr_task=task).logits for task in ("mnli.v1", "glue/sst2", "items")}
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, ready.ReadyTasks, "put", 1)
+            with pytest.raises(Interrupted):
+                model.keep_ready(2)
+        assert torch.equal(model(**inputs).logits, expected["items"])
+        model.keep_ready(2)
+        for task in ("mnli.v1", "glue/sst2"):
+            with monkeypatch.context() as patch:
+                interrupt_at(patch, switching.Switch, "_jobs", count)
+                with pytest.raises(Interrupted):
+                    model.set_task(task)
+            assert torch.equal(model(**inputs).logits, expected["items"])
+            assert torch.equal(model(**inputs, emr_task=task).logits, expected[task])
+            model.set_task("items")
+
+
+def test_a_load_that_fails_leaves_the_task(bert_repo):
+    inputs = tiny.BERT.inputs()
+    model = emr_hf.EMRMergedModel.from_pretrained(bert_repo, emr_task="items").eval()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            model.load_state_dict({"model.bert.pooler.dense.bias": torch.zeros(3)}, strict=False)
+        assert torch.equal(model(**inputs).logits, expected)

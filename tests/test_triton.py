@@ -36,25 +36,64 @@ for base_dtype, tau_dtype, out_dtype in ([getattr(torch, name) for name in case.
 print("same")
 """
 
+REFUSE = """
+import sys, torch
+from emr_hf import triton_kernels
+from emr_hf.errors import TensorError
+
+device, size = sys.argv[1], 320
+names = ("base", "tau", "packed", "minus_rescaler", "out")
+given = dict(zip(names, (torch.zeros(size), torch.zeros(size), torch.zeros(40, dtype=torch.uint8),
+                         torch.tensor(-1.0), torch.zeros(size))))
+given = {name: tensor.to(device) for name, tensor in given.items()}
+triton_kernels.rebuild(**given)
+for name, tensor in given.items():
+    flat = tensor.reshape(-1)
+    bad = [flat[:-1], torch.cat([flat, flat]), tensor.to(torch.int32), tensor.to("meta")]
+    if flat.numel() > 1:
+        bad += [flat[:1], flat[:1].expand(flat.numel()), torch.stack([flat, flat], 1)[:, 0]]
+    for index, one in enumerate(bad):
+        try:
+            triton_kernels.rebuild(**{**given, name: one})
+        except TensorError as error:
+            assert "expected" in str(error), error
+        else:
+            raise AssertionError((name, index))
+print("same")
+"""
+
+
+def run(script, device, *arguments, **environment):
+    command = [sys.executable, "-c", script, device, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.stdout.strip() == "same", result.stderr
+
 
 def compare(device, **environment):
     cases = [
         ",".join(str(d).removeprefix("torch.") for d in (b, t, o)) for b in DTYPES for t in DTYPES for o in DTYPES
     ]
-    command = [sys.executable, "-c", COMPARE, device, *cases]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    assert result.stdout.strip() == "same", result.stderr
+    run(COMPARE, device, *cases, **environment)
 
 
 def test_under_the_interpreter():
     compare("cpu", TRITON_INTERPRET="1")
 
 
+def test_the_kernel_is_given_no_tensor_of_another_length():
+    run(REFUSE, "cpu", TRITON_INTERPRET="1")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu():
     compare("cuda")
+    run(REFUSE, "cuda")
     base, tau = torch.randn(2, 5003, device="cuda")
     packed = bits.pack(torch.rand(5003) > 0.4)
     out = bits.rebuild(base, tau, packed, torch.tensor(1.3))
     expected = bits.rebuild(base.cpu(), tau.cpu(), packed, torch.tensor(1.3))
     assert torch.equal(out.cpu(), expected)
+    with_gaps = torch.stack([base, tau], 1)[:, 0], base[:1].expand(5003)
+    for given in with_gaps:
+        out = bits.rebuild(given, tau, packed, torch.tensor(1.3))
+        assert torch.equal(out.cpu(), bits.rebuild(given.cpu(), tau.cpu(), packed, torch.tensor(1.3)))

@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoint import build_skeleton, is_head
 from ..errors import CheckpointError, MismatchError, one_line, short
-from ..repo import PEFT_TYPE
+from ..format import PEFT_TYPE
 from ..sources import (
     HUB_ERRORS,
     Adapter,

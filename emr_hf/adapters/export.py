@@ -14,8 +14,9 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .. import bits
 from ..configuration import EMRConfig
+from ..format import mask_name, private_name, rescaler_name, tau_name
 from ..heads import WRAPPER
-from ..repo import ADAPTERS_FOLDER, mask_name, open_repo, private_name, rescaler_name, tau_name
+from ..repo import ADAPTERS_FOLDER, open_repo
 from ..storage import Storage
 from .binding import PREFIX, TASK_TYPES
 from .ia3 import VECTOR

@@ -6,24 +6,29 @@ Imports PEFT: import this file only where that is installed.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .. import bits
 from ..configuration import EMRConfig
-from ..errors import EMRError, MismatchError, one_line
+from ..errors import EMRError, MismatchError, RepoError, one_line
+from ..format import PEFT_BANKS, PEFT_MODULE, PEFT_TYPE
 from ..lowbit import Codes
-from ..repo import PEFT_BANKS, PEFT_MODULE, PEFT_TYPE
+from ..opening import check_finite, open_merged
 from ..sites import Site, install, site_of
 from ..switching import Switch, owners_of
 from .ia3 import VECTOR, inject_vector_buffers
@@ -56,6 +61,22 @@ class EMRPeftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = _TypeName(PEFT_TYPE)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """PEFT's, once the merge has been checked.
+
+        Raises:
+            RepoError: it is damaged: see [`emr_hf.opening.open_merged`].
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not folder.is_dir():
+            options, _, _ = cls._split_kwargs(kwargs)
+            for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME):
+                file = hf_hub_download(str(pretrained_model_name_or_path), name, subfolder=subfolder, **options)
+                folder = Path(file).parent
+        open_merged(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
 class _AddDelta:
@@ -158,6 +179,7 @@ class EMRLayer(nn.Module, BaseTunerLayer):
         self._wanted: dict[str, str] = {}
         self._now: tuple[str, str] | None = None  # adapter and task whose weights the model holds
         self._fresh = False  # whether `_now` is to be relied on
+        self._untouched: dict[str, dict[str, tuple[weakref.ref[Tensor], int]]] = {}  # banks before they are loaded
         self._active_adapter = []
         self._disable_adapters = False
         self.merged_adapters = []
@@ -174,6 +196,20 @@ class EMRLayer(nn.Module, BaseTunerLayer):
         self._wanted[adapter] = str(switch.config.default_task)
         self.emr_bank[adapter] = switch.bank
         self._move_adapter_to_device_of_base_layer(adapter)
+        buffers = switch.bank.named_buffers()
+        self._untouched[adapter] = {name: (weakref.ref(buffer), buffer._version) for name, buffer in buffers}
+
+    def _check_loaded(self, adapter: str) -> None:
+        """Raise RepoError if a merge's values have not come, or one is no number; asked once."""
+        if adapter not in self._untouched:
+            return
+        before, bank = self._untouched[adapter], self._switches[adapter].bank
+        for name, buffer in bank.named_buffers():
+            old = before.get(name)
+            if old is not None and old[0]() is buffer and old[1] == buffer._version:
+                raise RepoError(f"adapter {adapter!r}: its file holds no {name}, which the merge demands")
+            check_finite(buffer, name, f"adapter {adapter!r}")
+        del self._untouched[adapter]
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
         self.sync()
@@ -185,9 +221,10 @@ class EMRLayer(nn.Module, BaseTunerLayer):
 
     def be_base(self) -> None:
         """Be the base, until the next forward or switch."""
+        self._fresh = False  # from the start: an interrupted switch is made good by the next
         if self._now is not None:
             self._switches[self._now[0]].leave()
-        self._now, self._fresh = None, False
+        self._now = None
 
     def base_tensors(self) -> dict[str, Tensor]:
         """Name in the model -> the base's value, of every tensor that the active task has changed."""
@@ -207,6 +244,7 @@ class EMRLayer(nn.Module, BaseTunerLayer):
             self.be_base()
         self._now, self._fresh = goal, False  # until the end: an interrupted switch is made good by the next
         if goal is not None:
+            self._check_loaded(goal[0])
             self._switches[goal[0]].become(goal[1])
         self._fresh = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from ..checkpoint import build_skeleton, model_class_of
 from ..errors import CheckpointError, OptionError, RecipeError, one_line, short
+from ..mapped_files import guarded_reads
+from ..publication import Kind, atomic_folder, claim
 from ..regular_file import require_file
-from ..repo import atomic_folder, check_target, copy_side_files
+from ..repo import copy_side_files, is_written_by_us
 from ..sources import Source, open_source
+from ..storage import ModelStorage
 from .aligning import AlignmentPlan, align, check_options
 from .matching import check_scipy
 
@@ -26,6 +30,13 @@ if TYPE_CHECKING:
 
 BATCH = 32  # rows of the data at a time
 SYMMETRIES_NAME = "symmetries.json"
+
+
+def _owns(folder: Path, place: Path) -> bool:
+    return str(place) == SYMMETRIES_NAME or (len(place.parts) == 2 and is_written_by_us(Path(place.name)))
+
+
+_ALIGNED = Kind("folder of aligned models", lambda folder: (folder / SYMMETRIES_NAME).is_file(), _owns)
 
 
 def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> AlignmentPlan:
@@ -44,7 +55,9 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
     Raises:
         EMRError: of the subclass that says what kind of input is wrong.
     """
-    check_target(Path(out), overwrite, SYMMETRIES_NAME)
+    target = claim(out, _ALIGNED, overwrite)
+    for note in target.notes:
+        warnings.warn(note, stacklevel=2)
     if recipe.base is not None:
         raise RecipeError("align: finetunes of one base lie alike already: leave out the field 'base', or 'align'")
     check_alignment(recipe)
@@ -54,14 +67,16 @@ def align_recipe(recipe: Recipe, out: str | Path, *, overwrite: bool = False) ->
     sources = {task: open_source(reference, task) for task, reference in recipe.finetunes.items()}
     folders = folder_names(sources)
     models = {task: _load(source) for task, source in sources.items()}
-    plan = align(*models.values(), data=batches, private=recipe.private, **settings)
-    with atomic_folder(Path(out), overwrite, SYMMETRIES_NAME) as folder:
+    read = [source.storage for source in sources.values()] + [ModelStorage(task, models[task]) for task in models]
+    with guarded_reads(read) as check_inputs, atomic_folder(target) as folder:
+        plan = align(*models.values(), data=batches, private=recipe.private, **settings)
         for number, (task, model) in enumerate(models.items()):
             aligned: Any = plan.apply(model, number)
             aligned.save_pretrained(folder / folders[task], max_shard_size=recipe.max_shard_size)
             if (side := sources[task].folder) is not None:
                 copy_side_files(side, folder / folders[task])
         plan.symmetries.save(folder / SYMMETRIES_NAME)
+        check_inputs()
     return plan
 
 
