@@ -75,7 +75,7 @@ def _report(error: Exception) -> int:
 
 
 def _let_go_of_stdout() -> None:
-    """What could not be written is not tried again when Python ends."""
+    """Drop what could not be written: Python would try again when it ends."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

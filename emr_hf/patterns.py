@@ -243,7 +243,7 @@ def _common(one: Sequence[str | None], other: Sequence[str | None]) -> int:
 
 
 def _takes(item: Any, letter: str) -> bool:
-    """Whether an item of a parsed expression takes a letter, which where case does not matter may be several."""
+    """True if an item of a parsed expression takes a letter, which is several where case does not matter."""
     op, argument = item
     if op is ops.LITERAL:
         return letter == chr(argument)

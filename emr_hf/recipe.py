@@ -153,7 +153,7 @@ def _check_labels(labels: object, tasks: Mapping[str, Any]) -> None:
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is a text that a file can hold, without halves of characters."""
+    """True for a text that a file can hold, without halves of characters."""
     return isinstance(value, str) and value == value.encode("utf-8", "replace").decode("utf-8")
 
 

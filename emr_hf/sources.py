@@ -222,7 +222,7 @@ def as_folder(reference: str | Path) -> Path | None:
 
 
 def _why_not(reference: str | Path) -> str:
-    """What the system says of a path that is no folder, if it is more than that nothing is there."""
+    """The system's reason why a path is no folder, for a message; empty where nothing is there, or a file."""
     try:
         Path(reference).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""What PEFT is given of an adapter's settings: the fields that a merge needs, with values that it can work with.
+"""The part of an adapter's settings that PEFT is given: fields that a merge needs, with values it can work with.
 
 An adapter comes from anywhere. Fields that make PEFT read data or import modules are left out, its patterns are those
 that `re` can match in a bounded time, and what only training needs is not given.
