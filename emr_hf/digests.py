@@ -14,6 +14,7 @@ from .repo import REPORT_NAME
 from .sources import HUB_ERRORS
 
 FIELD = "digests"
+_LARGEST = 1 << 30  # bytes of a report, which has numbers of every task in every tensor
 
 
 def digests_of(folder: Path) -> dict[str, str]:
@@ -36,7 +37,7 @@ def recorded(report: Path) -> dict[str, str]:
     if not report.exists():
         return {}
     try:
-        found = read_json(report, report.parent.name).get(FIELD, {})
+        found = read_json(report, report.parent.name, largest=_LARGEST).get(FIELD, {})
     except CheckpointError as error:
         raise RepoError(str(error)) from None
     if not isinstance(found, dict) or not all(isinstance(digest, str) for digest in found.values()):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from .adapters.export import write_ia3
 from .adapters.lora import LoraReport, check_rank, write_lora
 from .checkpoint import model_class_of
-from .errors import OptionError
+from .errors import EMRError, OptionError, RepoError, one_line
 from .finished import FinishedRepo
 from .mapped_files import guarded_reads
 from .modeling import EMRMergedModel
@@ -65,7 +66,7 @@ def export(
     with atomic_folder(target) as folder, guarded_reads([finished.storage]) as check_repo:
         report = None
         if save_as == "model":
-            plain_model(finished, task).save_pretrained(folder, max_shard_size=shard_bytes)
+            _save(plain_model(finished, task), folder, shard_bytes)
         elif save_as == "lora":
             report = write_lora(finished, task, folder, check_rank(rank))
         else:
@@ -73,6 +74,15 @@ def export(
         copy_side_files(finished.folder / (entry["tokenizer"] or ""), folder)
         check_repo()
     return report
+
+
+def _save(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None:
+    try:
+        model.save_pretrained(folder, max_shard_size=shard_bytes)
+    except (ValueError, StrictDataclassError) as error:  # settings that it takes, but does not write
+        if isinstance(error, EMRError):
+            raise
+        raise RepoError(f"transformers does not save {type(model).__name__}: {one_line(error)}") from error
 
 
 def plain_model(repo: FinishedRepo, task: str) -> PreTrainedModel:

@@ -100,12 +100,14 @@ def push_folder(
         RepoError: `folder` is no merged repo, or the Hub refuses.
     """
     folder = Path(folder)
-    config = open_merged(folder).config
+    opened = open_merged(folder)
+    for name in opened.storage.infos:
+        opened.storage.read(name)  # numbers that are none are not published
     for path in folder.rglob("*"):
         check_own(path, folder)
     for warning in _local_paths(folder):
         warnings.warn(warning, stacklevel=2)
-    _address_card(folder, config, repo_id)
+    _address_card(folder, opened.config, repo_id)
     kwargs.setdefault("commit_message", "Upload a model merged by EMR-Merging")
     api = HfApi(token=token)
     try:

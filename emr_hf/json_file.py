@@ -13,21 +13,22 @@ LARGEST = 16 << 20  # bytes; settings with ten thousands of labels have one or t
 DEEPEST = 64
 
 
-def read_json(path: Path, label: str, unique: bool = False) -> dict[str, Any]:
+def read_json(path: Path, label: str, unique: bool = False, largest: int = LARGEST) -> dict[str, Any]:
     """Content of a JSON file that holds an object.
 
     Args:
         path: the file.
         label: owner of the file, for the message.
         unique (*optional*): refuse a key that an object has twice, where Python takes the last.
+        largest (*optional*): bytes of a file.
 
     Raises:
-        CheckpointError: no such file, no permission, larger than 16 MB, no JSON, NaN in it, nested more than 64 levels
-            deep, or no object.
+        CheckpointError: no such file, no permission, too large, no JSON, NaN, nested more than 64 levels deep, or
+            no object.
     """
     require_file(path, label)
     try:
-        if (size := path.stat().st_size) > LARGEST:
+        if (size := path.stat().st_size) > largest:
             raise ValueError(f"{size:,} bytes are too many for settings")
         text = path.read_text(encoding="utf-8")
         content = json.loads(text, **_strict(unique))

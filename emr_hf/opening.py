@@ -17,17 +17,18 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from .configuration import EMRConfig
 from .digests import verify_downloaded
 from .errors import CheckpointError, RepoError, one_line, short
-from .format import model_name, part_of, scale_name, tau_name, tensors_of
+from .format import model_name, part_of, scale_name, stored_name, tau_name, tensors_of
 from .json_file import read_json
 from .lowbit import BITS
 from .mapped_files import WatchedMemory
 from .repo import layout_of, open_repo
-from .schema import tensor_infos
+from .schema import check_adapter, tensor_infos
 from .sources import HUB_ERRORS
 from .storage import Storage, TensorInfo
 
 # Elements looked at a time: small enough for the cache, and for torch to stay on one thread, all that a fork has.
 _PIECE = 1 << 14
+_LARGEST = 1 << 28  # bytes of a configuration, which names every tensor several times
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _no_repo(folder: Path) -> RepoError:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path, path.parent.name, unique=True)
+        return read_json(path, path.parent.name, unique=True, largest=_LARGEST)
     except CheckpointError as error:
         raise RepoError(str(error)) from None
 
@@ -110,17 +111,16 @@ def read_settings(folder: Path, layout: str) -> dict[str, Any]:
     return _read(_file_of(folder, layout))
 
 
-def config_of(settings: Mapping[str, Any], layout: str, folder: Path) -> EMRConfig:
+def config_of(settings: dict[str, Any], layout: str, folder: Path) -> EMRConfig:
     """The configuration of a merged repo, from the content of its file.
 
     Raises:
         RepoError: of a wrong field.
     """
-    content = settings if layout == "model" else settings.get("emr")
-    if not isinstance(content, dict):
-        raise RepoError(f"{_file_of(folder, layout)}: emr is missing: expected the configuration of a merge")
     try:
-        return EMRConfig.from_dict(content)
+        if layout == "peft":
+            check_adapter(settings)
+        return EMRConfig.from_dict(settings if layout == "model" else settings["emr"])
     except RepoError as error:
         raise RepoError(f"{_file_of(folder, layout)}: {error}") from None
 
@@ -137,7 +137,7 @@ def check_tensors(config: EMRConfig, infos: Mapping[str, TensorInfo], layout: st
     expected = _expected(config, infos, layout, place)
     for name, info in expected.items():
         if name not in infos:
-            raise _missing(place, name)
+            raise _missing(place, stored_name(name, layout))
         if infos[name] != info:
             raise RepoError(
                 f"{place}: the tensor {name} is {_shown(infos[name])}, but {_shown(info)} by its configuration"
@@ -160,7 +160,7 @@ def _expected(config: EMRConfig, infos: Mapping[str, TensorInfo], layout: str, p
     base = _unrecorded(config, infos, layout) if config.tensors is None else tensor_infos(config.tensors)
     for name in merged:
         if name not in base:
-            raise _missing(place, model_name(name) if layout == "model" else tau_name(name))
+            raise _missing(place, stored_name(model_name(name) if layout == "model" else tau_name(name), layout))
     private = {entry["key"]: tensor_infos(entry["private"]) for entry in config.tasks.values()}
     return tensors_of(base, merged, private, config.tau_dtype, layout)
 

@@ -199,7 +199,7 @@ class MergeReport:
 
 def read_tensors(path: Path) -> Tensors:
     """`tensors` of a saved report; empty where there is none, an older one that does not have it, or a broken one."""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         tensors = json.loads(path.read_text(encoding="utf-8")).get("tensors")
         if isinstance(tensors, dict) and all(map(_is_entry, tensors.values())):
             return tensors

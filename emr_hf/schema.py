@@ -128,11 +128,23 @@ def check_configuration(content: Mapping[str, Any]) -> None:
             raise RepoError(str(error)) from None
 
 
+def check_adapter(settings: Mapping[str, Any]) -> None:
+    """Raise RepoError unless these can be the settings of a merge that is an adapter, but for the merge itself.
+
+    Args:
+        settings: content of `adapter_config.json`.
+    """
+    top = _Fields(settings)
+    top.get("base_model_name_or_path", "the base's Hub id or folder", _is_text)
+    top.get("revision", "text or null", _or_none(_is_text), default=None)
+    top.inside("emr")
+
+
 def check_version(version: int) -> None:
     """Raise RepoError for a format that this version of the package does not know yet."""
     if version > FORMAT_VERSION:
         raise RepoError(
-            f"the repo's format is version {version}, this emr_hf reads up to {FORMAT_VERSION}: upgrade emr_hf"
+            f"emr_format: the repo's format is version {version}, this emr_hf reads up to {FORMAT_VERSION}: upgrade it"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,12 +124,17 @@ def _read_index(label: str, path: Path) -> dict[str, str]:
     require_file(path, label)
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        usable = bool(weight_map) and all(isinstance(shard, str) and shard for shard in weight_map.values())
+        usable = bool(weight_map) and all(map(_is_below, weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{label}: broken index {path}: {one_line(error) or type(error).__name__}") from None
     if not usable:
-        raise CheckpointError(f"{label}: broken index {path}: expected a weight_map of tensors to files")
+        raise CheckpointError(f"{label}: broken index {path}: expected a weight_map of tensors to files beside it")
     return weight_map
+
+
+def _is_below(shard: object) -> bool:
+    """Whether a shard's name leads nowhere but into its index's folder."""
+    return isinstance(shard, str) and bool(shard) and not os.path.isabs(shard) and ".." not in Path(shard).parts
 
 
 def _check_places(label: str, expected: dict[str, Path] | None, found: dict[str, Path]) -> None:
@@ -188,6 +194,7 @@ class BinStorage:
 
 def _load_bin(label: str, path: Path) -> dict[str, Tensor]:
     try:
+        _check_not_packed(path)
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
@@ -202,7 +209,22 @@ def _load_bin(label: str, path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{label}: {path}: {name!r} is {type(value).__name__}: expected named tensors")
         if value.layout is not torch.strided or value.is_meta:
             raise CheckpointError(f"{label}: {path}: {name} is no dense tensor with values ({value.layout})")
+        if value.nbytes > (stored := value.untyped_storage().nbytes()):
+            raise CheckpointError(
+                f"{label}: {path}: {name} stands for {value.nbytes:,} bytes, but {stored:,} are stored"
+            )
     return loaded
+
+
+def _check_not_packed(path: Path) -> None:
+    """Raise ValueError for an archive of packed files, which torch never writes: they may unpack to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(
+                        f"{entry.filename} in it is compressed: expected an archive as torch.save writes it"
+                    )
 
 
 class ModelStorage:

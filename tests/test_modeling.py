@@ -284,7 +284,7 @@ def test_the_repo_loads_where_emr_hf_is_not_imported(bert_repo):
 
 def test_a_newer_format_is_refused(bert_repo, tmp_path):
     config = emr_hf.EMRConfig.from_pretrained(bert_repo).to_dict()
-    with pytest.raises(emr_hf.RepoError, match="upgrade emr_hf"):
+    with pytest.raises(emr_hf.RepoError, match="emr_format: .* version 99"):
         emr_hf.EMRConfig(**{**config, "emr_format": 99})
 
 

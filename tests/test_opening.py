@@ -223,10 +223,11 @@ def test_a_tensor_that_nobody_knows_is_named(spoilt, name):
 def test_a_number_that_is_none_is_named(spoilt, name, number):
     spoil(spoilt, name, lambda value: value.reshape(-1).index_fill(0, torch.tensor(0), number).reshape(value.shape))
     readers = ["from_pretrained", "mapped", "export", "add"]
+    readers.append("push")
     if "private" not in name:
         readers.append("remove")
     if "rescaler" in name:
-        readers += ["inspect", "push"]
+        readers.append("inspect")
     refused(readers, spoilt, "holds (nan|-?inf)|is (nan|-?inf)")
 
 
@@ -312,7 +313,7 @@ def test_peft_does_not_load_a_merge_of_which_something_is_missing(bert_inputs, p
     tensors = load_file(repo / "adapter_model.safetensors")
     del tensors[f"base_model.model.emr.emr_bank.{part}"]
     save_file(tensors, repo / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(emr_hf.RepoError, match=f"emr.{part} is missing"):
+    with pytest.raises(emr_hf.RepoError, match=f"emr_bank.{part} is missing"):
         peft.PeftModel.from_pretrained(base_model(bert_inputs), repo)
     with pytest.raises(emr_hf.RepoError, match=f"holds no {part}"):
         model = base_model(bert_inputs)
@@ -333,6 +334,27 @@ def test_a_wrong_field_of_an_adapters_merge_is_named(bert_inputs, peft_repo, tmp
     ):
         with pytest.raises(emr_hf.RepoError, match="tasks.items.key is '../x'"):
             use()
+
+
+@pytest.mark.parametrize(
+    "change", [{"base_model_name_or_path": None}, {"base_model_name_or_path": 5}, {"revision": 5}]
+)
+def test_an_adapter_has_to_name_its_base(peft_repo, tmp_path, change):
+    repo = copy_of(peft_repo, tmp_path / "repo")
+    edit_json(repo / "adapter_config.json", **change)
+    for use in (emr_hf.inspect, lambda path: emr_hf.remove_task(path, "items", tmp_path / "out")):
+        with pytest.raises(emr_hf.RepoError, match=f"adapter_config.json: {next(iter(change))} is"):
+            use(repo)
+
+
+@pytest.mark.parametrize("shard", ["../other.safetensors", "/dev/zero", "a/../../b"])
+def test_an_index_names_files_beside_it_only(bert_inputs, tmp_path, shard):
+    repo = tmp_path / "spoilt"
+    emr_hf.merge(bert_inputs.base, bert_inputs.finetunes, repo, max_shard_size="40KB", progress=False)
+    index = json.loads((repo / "model.safetensors.index.json").read_text())
+    index["weight_map"]["emr.rescaler.t0"] = shard
+    (repo / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(("inspect", "remove"), repo, "broken index .*expected a weight_map of tensors to files beside it")
 
 
 # Digests
@@ -409,6 +431,15 @@ def test_a_path_of_this_machine_is_told_of_before_it_is_pushed(peft_repo, monkey
     with pytest.warns(UserWarning, match="adapter_config.json: base_model_name_or_path is .*a path of this machine"):
         with pytest.raises(pytest.fail.Exception):
             emr_hf.push_folder(peft_repo, "me/repo")
+
+
+def test_what_transformers_does_not_save_is_one_error(spoilt):
+    content = json.loads((spoilt / "config.json").read_text())
+    content["base_config"]["output_attentions"] = True
+    (spoilt / "config.json").write_text(json.dumps(content))
+    with pytest.raises(emr_hf.RepoError, match="transformers does not save BertForSequenceClassification"):
+        emr_hf.export(spoilt, "items", spoilt.parent / "out")
+    assert not (spoilt.parent / "out").exists()
 
 
 def test_code_of_others_is_not_named_in_a_repo_or_an_export(bert_inputs, tmp_path):

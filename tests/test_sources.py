@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -390,3 +391,20 @@ def test_a_loaded_model_keeps_the_hub_id_it_came_from(bert_inputs, tmp_path):
     base.config.name_or_path = base.name_or_path = "google/tiny-bert"
     emr_hf.merge(base, bert_inputs.finetunes, tmp_path / "out")
     assert emr_hf.EMRConfig.from_pretrained(tmp_path / "out").base_model_name_or_path == "google/tiny-bert"
+
+
+def test_a_bin_file_that_would_unpack_to_more_than_it_holds_is_refused(tmp_path):
+    inputs = tiny.write_inputs(tiny.BERT, tmp_path, ("a",))
+    folder, tensors = inputs.finetunes["a"], load_file(inputs.finetunes["a"] / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name = "bert.pooler.dense.weight"
+    torch.save({**tensors, name: tensors[name][:1, :1].clone().expand(32, 32)}, folder / "pytorch_model.bin")
+    with pytest.raises(emr_hf.CheckpointError, match=f"{name} stands for 4,096 bytes, but 4 are stored"):
+        emr_hf.check(emr_hf.Recipe(inputs.base, {"a": folder}))
+    torch.save(tensors, tmp_path / "stored.bin")
+    with zipfile.ZipFile(tmp_path / "stored.bin") as stored:
+        with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in stored.namelist():
+                packed.writestr(entry, stored.read(entry))
+    with pytest.raises(emr_hf.CheckpointError, match="pytorch_model.bin .* is compressed"):
+        emr_hf.check(emr_hf.Recipe(inputs.base, {"a": folder}))
