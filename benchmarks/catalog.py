@@ -349,7 +349,8 @@ def hostile_adapter(folder: Path, random: Random) -> Damage:
     changes = random.choice(HOSTILE_SETTINGS)
     write_json(file, {**document, **changes})
     accept = ALL if all(_adapter_accepts((name,)) for name in changes) or "use_qalora" in changes else NONE
-    words = [value for value in changes.values() if isinstance(value, str) and value.isalpha()]
+    words = ["lora_A", "lora_embedding_A"] if {"r", "rank_pattern"} & changes.keys() else []
+    words += [value for value in changes.values() if isinstance(value, str) and value.isalpha()]
     return Damage(f"{file.name}: {str(dict(changes))[:120]}", (file.name, *changes, *words), accept)
 
 

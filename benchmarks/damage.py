@@ -156,7 +156,8 @@ def spoil_field(
     path = (*under, *pick(at(document, under), random, rare))
     parent, key = at(document, path[:-1]), path[-1]
     shown = ".".join(map(str, path))
-    names = _names(file, path)
+    old = parent[key]
+    names = _names(file, (*path, next(iter(old))) if isinstance(old, dict) and old else path)
     if random.random() < 0.15:
         del parent[key]
         write_json(file, document)
@@ -169,8 +170,9 @@ def spoil_field(
 
 
 def _names(file: Path, path: Path_) -> tuple[str, ...]:
-    keys = [key for key in path if isinstance(key, str) and len(key) > 2]
-    return (file.name, *keys, *(key.partition("_")[0] for key in keys if key.find("_") > 3))
+    words = [key for key in path if isinstance(key, str)]
+    keys = [key for key in words if len(key) > 2]
+    return (file.name, *keys, *map(repr, words), *(key.partition("_")[0] for key in keys if key.find("_") > 3))
 
 
 def write_json(file: Path, document: Any) -> None:

@@ -62,7 +62,8 @@ def _choose(tensors: Mapping[str, Tensor], random: Random, usable: Callable[[Ten
 def names_of(tensor: str, file: Path) -> tuple[str, ...]:
     """What an error may call a tensor."""
     plain = tensor.rpartition(".")[2].replace("__", ".")
-    return (tensor, plain, plain.removesuffix(".weight"), file.name)
+    part = {_group(tensor)} & {"rescaler", "scale", "mask", "tau", "private"}
+    return (tensor, plain, plain.removesuffix(".weight"), file.name, *part)
 
 
 def remove_tensor(folder: Path, random: Random) -> Damage:

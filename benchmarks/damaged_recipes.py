@@ -134,7 +134,7 @@ def text(folder: Path, random: Random) -> Damage:
     label = random.choice(list(TEXTS))
     new = TEXTS[label](file.read_text())
     file.write_bytes(new if isinstance(new, bytes) else new.encode())
-    names = (NAME, "tasks", "base", "labels", "private", "align", "default_task")
+    names = (NAME, "tasks", "base", "labels", "private", "align", "default_task", "t0")
     return Damage(f"{NAME}: {label}", names, ALL if label in _OTHER_MERGES else NONE)
 
 
