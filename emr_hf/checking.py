@@ -20,7 +20,7 @@ from .adapters.layers import require_peft
 from .centre import stand_in
 from .checkpoint import Checkpoint, NamedTensors, build_skeleton, is_head, tied_names
 from .disk import writing
-from .errors import CheckpointError, MismatchError, OptionError, RepoError, one_line, short
+from .errors import CheckpointError, MismatchError, OptionError, RepoError, check_choice, one_line, short
 from .format import LAYOUTS, tensors_of
 from .hub import MERGED_REPO
 from .json_file import read_json
@@ -62,8 +62,7 @@ def check(recipe: Recipe, out: str | Path | None = None, overwrite: bool = False
     Raises:
         EMRError: the first thing that is wrong, of the subclass that says what kind.
     """
-    if save_as not in LAYOUTS:
-        raise OptionError(f"save_as={short(save_as)} is unknown: expected one of {', '.join(LAYOUTS)}")
+    check_choice("save_as", save_as, LAYOUTS)
     if save_as == "peft" and recipe.method == "levels":
         raise OptionError("save_as='peft': method='levels' replaces the base, beside which an adapter is loaded")
     if save_as == "peft" and isinstance(recipe.base, PreTrainedModel) and not recipe.base.config.name_or_path:

@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from .errors import EMRError, OptionError, ProcessError, one_line
+from .errors import EMRError, OptionError, ProcessError, one_line, short
 from .heartbeats import Heartbeats
 
 if TYPE_CHECKING:  # the command line starts processes without torch
@@ -328,7 +328,7 @@ def team(device: torch.device | str, partner_timeout: float = PARTNER_TIMEOUT) -
 def _check_timeout(seconds: object) -> None:
     most = int(_PATIENCE.total_seconds())
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 1 <= seconds <= most:
-        raise OptionError(f"partner_timeout={seconds!r}: expected seconds, from 1 to {most}")
+        raise OptionError(f"partner_timeout={short(seconds)}: expected seconds, from 1 to {most}")
 
 
 def _connect(device: torch.device | str) -> bool:
@@ -344,7 +344,7 @@ def _connect(device: torch.device | str) -> bool:
             with _interrupted_at_once():
                 PartialState(cpu=str(device) == "cpu" or not accelerator.is_available())
         if not distributed.is_initialized():
-            raise OptionError(f"device={str(device)!r}: accelerate knows no process group for it on this machine")
+            raise OptionError(f"device={short(str(device))}: accelerate knows no process group for it on this machine")
         return distributed.get_world_size() > 1
     except RuntimeError as error:
         raise ProcessError(f"the processes do not find each other: {one_line(error)}") from error

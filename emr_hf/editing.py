@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .checking import bound, check_space
-from .errors import OptionError, UnknownTaskError
+from .errors import OptionError, UnknownTaskError, short
 from .finished import FinishedRepo
 from .format import mask_name, model_name, scale_name, tau_name
 from .hub import MERGED_REPO
@@ -51,7 +51,7 @@ def add_task(
     if old.config.method == "levels":
         raise OptionError(f"{repo} holds two levels for each weight, to which no task can be added: merge again")
     if task in old.config.tasks:
-        raise OptionError(f"{task!r} is a task of {repo} already: choose another name, or remove it first")
+        raise OptionError(f"{short(task)} is a task of {repo} already: choose another name, or remove it first")
     source = bound(open_input(finetune, task), old.base)
     plan = old.plan([*old.config.tasks], old.config.default_task, source)
     check_space(plan, target)
@@ -84,7 +84,7 @@ def remove_task(
     old.config.entry(task)
     tasks = [name for name in old.config.tasks if name != task]
     if not tasks:
-        raise OptionError(f"{task!r} is the only task of {repo}: a merge of nothing is the base")
+        raise OptionError(f"{short(task)} is the only task of {repo}: a merge of nothing is the base")
     if default_task is not None and default_task not in tasks:
         raise UnknownTaskError(default_task, tasks)
     kept_default = old.config.default_task if old.config.default_task in tasks else tasks[0]

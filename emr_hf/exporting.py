@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .adapters.export import write_ia3
 from .adapters.lora import LoraReport, check_rank, write_lora
 from .checkpoint import model_class_of
-from .errors import EMRError, OptionError, RepoError, one_line
+from .errors import EMRError, OptionError, RepoError, check_choice, one_line, short
 from .finished import FinishedRepo
 from .mapped_files import guarded_reads
 from .modeling import EMRMergedModel
@@ -52,10 +52,9 @@ def export(
         RepoError: `out` exists.
     """
     shard_bytes = parse_size(max_shard_size)
-    if save_as not in FORMS:
-        raise OptionError(f"save_as={save_as!r} is unknown: expected one of {', '.join(FORMS)}")
+    check_choice("save_as", save_as, FORMS)
     if (rank is not None) != (save_as == "lora"):
-        raise OptionError(f"save_as={save_as!r}, rank={rank!r}: a LoRA needs a rank, and nothing else has one")
+        raise OptionError(f"save_as={save_as!r}, rank={short(rank)}: a LoRA needs a rank, and nothing else has one")
     target = claim(out, _EXPORT)
     for note in target.notes:
         warnings.warn(note, stacklevel=2)

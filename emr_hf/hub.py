@@ -114,7 +114,7 @@ def push_folder(
         created = api.create_repo(repo_id, private=private, exist_ok=True)
         return api.upload_folder(repo_id=created.repo_id, folder_path=folder, **kwargs)
     except HUB_ERRORS as error:
-        raise RepoError(f"cannot push {folder} to {repo_id!r}: {one_line(error)}") from error
+        raise RepoError(f"cannot push {folder} to {short(repo_id)}: {one_line(error)}") from error
 
 
 def _local_paths(folder: Path) -> list[str]:

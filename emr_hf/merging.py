@@ -28,7 +28,7 @@ from .configuration import EMRConfig, task_entry
 from .disk import writing
 from .distributed import ALONE, PARTNER_TIMEOUT, Team
 from .election import TAU_DTYPES, Partial, Sums, TensorElection, TensorSums, torch_threads
-from .errors import MismatchError, NonFiniteError, OptionError, naming, one_line
+from .errors import MismatchError, NonFiniteError, OptionError, naming, one_line, short
 from .fitting import TensorFit
 from .format import mask_name, model_name, private_name, rescaler_name, scale_name, tau_name
 from .heads import auto_map, wrapper_name
@@ -196,9 +196,9 @@ def working_device(threads: int | None, device: torch.device | str) -> torch.dev
     try:
         where = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"device={device!r}: {one_line(error)}") from None
+        raise OptionError(f"device={short(device)}: {one_line(error)}") from None
     if where.type == "meta":
-        raise OptionError(f"device={str(device)!r}: expected one that computes")
+        raise OptionError(f"device={short(str(device))}: expected one that computes")
     return where
 
 

@@ -19,7 +19,7 @@ from . import mixed
 from .adapters.layers import unload
 from .bank import EMRBank
 from .configuration import EMRConfig
-from .errors import EMRError, MismatchError, OffloadedError, OptionError, RepoError, one_line
+from .errors import EMRError, MismatchError, OffloadedError, OptionError, RepoError, check_choice, one_line, short
 from .format import part_of
 from .heads import architectures_of, auto_map, auto_name, wrapper_name
 from .hub import MERGED_REPO, push_folder, push_model, saved_tensors, write_repo_files
@@ -103,12 +103,11 @@ class EMRMergedModel(PreTrainedModel):
         emr_device: str | torch.device | None = None,
     ):
         super().__init__(config)
-        if emr_memory not in MEMORY:
-            raise OptionError(f"emr_memory={emr_memory!r} is unknown: expected one of {', '.join(MEMORY)}")
+        check_choice("emr_memory", emr_memory, MEMORY)
         try:
             place = None if emr_device is None else torch.device(emr_device)
         except RuntimeError as error:
-            raise OptionError(f"emr_device={emr_device!r}: {one_line(error)}") from None
+            raise OptionError(f"emr_device={short(emr_device)}: {one_line(error)}") from None
         self._initial_task = emr_task or config.default_task
         if config.tasks:
             config.entry(self._initial_task)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .disk import paths_in, sync, sync_tree, writing
-from .errors import EMRError, RepoError, one_line
+from .errors import EMRError, RepoError, one_line, short
 from .staging import Staging, new_staging, remove_leftovers
 
 FileState = tuple[int, int, int]
@@ -84,7 +84,7 @@ def _legal(out: str | Path) -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, EMRError):
             raise
-        raise RepoError(f"cannot write {str(out)!r}: {one_line(error)}: expected the path of a folder") from None
+        raise RepoError(f"cannot write {short(str(out))}: {one_line(error)}: expected the path of a folder") from None
 
 
 def _checked(out: Path, kind: Kind, overwrite: bool) -> Target:

@@ -26,7 +26,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from .errors import CheckpointError, one_line
+from .errors import CheckpointError, one_line, short
 from .mapped_files import InputFile, WatchedMemory
 from .regular_file import require_file
 
@@ -206,7 +206,7 @@ def _load_bin(label: str, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{label}: {path}: expected a dictionary of tensors, got {type(loaded).__name__}")
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{label}: {path}: {name!r} is {type(value).__name__}: expected named tensors")
+            raise CheckpointError(f"{label}: {path}: {short(name)} is {type(value).__name__}: expected named tensors")
         if value.layout is not torch.strided or value.is_meta:
             raise CheckpointError(f"{label}: {path}: {name} is no dense tensor with values ({value.layout})")
         if value.nbytes > (stored := value.untyped_storage().nbytes()):
