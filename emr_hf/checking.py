@@ -281,6 +281,8 @@ def _assign(plan: Plan) -> None:
             plan.merged.append(name)
         else:
             plan.private[name] = why
+            if why == "head":
+                _check_heads(plan, name, place.shape)
     if not plan.merged:
         reasons = ", ".join(sorted(set(plan.private.values())))
         raise MismatchError(f"nothing to merge: every tensor of {plan.architecture} is private ({reasons})")
@@ -313,6 +315,20 @@ def _why_private(plan: Plan, name: str, is_parameter: bool, expressions: Sequenc
                 "to keep it for each task by itself, list it under private"
             )
     return None
+
+
+def _check_heads(plan: Plan, name: str, shape: torch.Size) -> None:
+    """Raise MismatchError if a finetune's head is not of the size that its own configuration says."""
+    for checkpoint in plan.finetunes.values():
+        found = checkpoint.infos[name].shape
+        if found == tuple(shape):
+            continue
+        own = build_skeleton(checkpoint.source, plan.dtype).state_dict().get(name)
+        if own is not None and found != tuple(own.shape):
+            raise MismatchError(
+                f"{checkpoint.source.label}: {name} is {list(found)}, but {list(own.shape)} by its configuration, of "
+                f"{checkpoint.source.config.num_labels} labels: correct its config.json"
+            )
 
 
 def _check_dtypes(plan: Plan, name: str, with_base: bool) -> None:

@@ -44,8 +44,8 @@ def check_files(model: Any, files: list[Path], since: float) -> None:
         since: when loading began: files that are younger have just been downloaded.
     """
     place = str(model.config.name_or_path)
-    if not files or any(file.suffix != ".safetensors" for file in files):
-        raise RepoError(f"{place}: expected weights in .safetensors files")
+    if odd := [file.name for file in files or [Path("")] if file.suffix != ".safetensors"]:
+        raise RepoError(f"{place}: {odd[0]!r} is named as a file of weights: expected .safetensors files")
     if (files[0].parent / CONFIG_NAME).is_file():
         read_settings(files[0].parent, "model")  # more strictly than transformers has read it
     try:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,6 +166,12 @@ class EMRMergedModel(PreTrainedModel):
         token = _loading_since.set(time.time())
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (OSError, JSONDecodeError) as error:
+            if isinstance(error, EMRError):
+                raise
+            raise RepoError(
+                f"{pretrained_model_name_or_path}: transformers cannot read it: {one_line(error)}"
+            ) from error
         finally:
             _loading_since.reset(token)
 

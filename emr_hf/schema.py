@@ -107,6 +107,9 @@ def check_configuration(content: Mapping[str, Any]) -> None:
     check_version(top.get("emr_format", "the version of the format, a whole number", lambda v: _is_count(v) and v > 0))
     top.get("base_architecture", "the name of a model class", lambda v: isinstance(v, str) and v.isidentifier())
     top.get("base_config", "a model's configuration", _is_model_config)
+    top.get(
+        "dtype", "a dtype's name", lambda v: v is None or isinstance(v, torch.dtype) or dtype_named(v), default=None
+    )
     for name in ("base_model_name_or_path", "base_revision"):
         top.get(name, "text or null", _or_none(_is_text), default=None)
     for name, choices in (("tau_dtype", (*TAU_DTYPES, *BITS)), ("method", METHODS)):
@@ -210,7 +213,7 @@ def _is_labels(value: object) -> bool:
 
 def is_inside(value: object) -> bool:
     """Whether a value is the relative path of something inside a folder."""
-    if not isinstance(value, str) or not value or "\\" in value or "\0" in value or ":" in value:
+    if not isinstance(value, str) or not 0 < len(value) < 256 or "\\" in value or "\0" in value or ":" in value:
         return False
     path = PurePosixPath(value)
     return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
@@ -221,6 +224,10 @@ def _is_spec(value: object) -> bool:
         return False
     shape, dtype = value
     return all(map(_is_count, shape)) and math.prod(shape) < _MOST_ELEMENTS and dtype_named(dtype) is not None
+
+
+def _is_dtype(value: object) -> bool:
+    return value is None or isinstance(value, torch.dtype) or dtype_named(value) is not None
 
 
 def dtype_named(name: object) -> torch.dtype | None:

@@ -88,6 +88,7 @@ FIELDS = [
     (("base_config", "hidden_size"), "x", "hidden_size|cannot use the configuration|cannot build"),
     (("tau_dtype",), "float3", "tau_dtype is 'float3'"),
     (("method",), ["emr"], r"method is \['emr'\]"),
+    (("dtype",), "", "dtype is ''"),
     (("default_task",), "item", "default_task is 'item'"),
     (("merged_parameters",), 3, "merged_parameters is 3"),
     (("merged_parameters",), [], r"merged_parameters is \[\]"),
@@ -155,6 +156,28 @@ def test_what_is_no_sound_json_is_named(spoilt, kind):
 def test_a_doubled_key_does_not_load(spoilt):
     (spoilt / "config.json").write_text(TEXTS["a key twice"]((spoilt / "config.json").read_text()))
     refused(("from_pretrained", "auto"), spoilt, "is given twice")
+
+
+def test_what_transformers_cannot_read_is_one_error(spoilt):
+    (spoilt / "model.safetensors").unlink()
+    (spoilt / "model.safetensors").symlink_to("model.safetensors")
+    refused(("from_pretrained", "mapped", "inspect"), spoilt, "spoilt")
+    (spoilt / "model.safetensors").unlink()
+    (spoilt / "model.safetensors.index.json").write_text("")
+    refused(("from_pretrained", "inspect", "remove"), spoilt, "spoilt")
+
+
+def test_a_head_of_another_size_than_its_labels_is_named(bert_inputs, spoilt, tmp_path):
+    finetune = tmp_path / "finetune"
+    tensors = load_file(finetune / "model.safetensors")
+    tensors["classifier.weight"] = torch.zeros(5, 32)
+    save_file(tensors, finetune / "model.safetensors", {"format": "pt"})
+    for use in (
+        lambda: emr_hf.check(emr_hf.Recipe(bert_inputs.base, {"a": bert_inputs.finetunes["items"], "b": finetune})),
+        lambda: emr_hf.add_task(spoilt, "b", finetune, tmp_path / "out"),
+    ):
+        with pytest.raises(emr_hf.MismatchError, match=r"b: classifier.weight is \[5, 32\], but \[2, 32\]"):
+            use()
 
 
 def test_a_pipe_in_place_of_a_file_does_not_block(spoilt):
