@@ -107,9 +107,7 @@ def check_configuration(content: Mapping[str, Any]) -> None:
     check_version(top.get("emr_format", "the version of the format, a whole number", lambda v: _is_count(v) and v > 0))
     top.get("base_architecture", "the name of a model class", lambda v: isinstance(v, str) and v.isidentifier())
     top.get("base_config", "a model's configuration", _is_model_config)
-    top.get(
-        "dtype", "a dtype's name", lambda v: v is None or isinstance(v, torch.dtype) or dtype_named(v), default=None
-    )
+    top.get("dtype", "a dtype's name", _is_dtype, default=None)
     for name in ("base_model_name_or_path", "base_revision"):
         top.get(name, "text or null", _or_none(_is_text), default=None)
     for name, choices in (("tau_dtype", (*TAU_DTYPES, *BITS)), ("method", METHODS)):
