@@ -85,7 +85,7 @@ class EMRConfig(PreTrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
             content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # it takes any JSON
             raise RepoError(f"{pretrained_model_name_or_path}: cannot read config.json: {one_line(error)}") from error
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # for messages; it is recorded anyway
         return content, kwargs

@@ -141,6 +141,7 @@ TEXTS = {
     "a number that is none": lambda text: text.replace('"index": 0', '"index": NaN'),
     "too deep": lambda text: '{"model_type": "emr_merged", "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "a list": lambda text: f"[{text}]",
+    "a number": lambda text: "5",
     "binary": lambda text: "\0\1\2",
     "nothing": lambda text: "",
 }
@@ -151,6 +152,7 @@ def test_what_is_no_sound_json_is_named(spoilt, kind):
     text = (spoilt / "config.json").read_text()
     (spoilt / "config.json").write_text(TEXTS[kind](text))
     refused(("inspect", "remove", "export"), spoilt, "config.json")
+    refused(("from_pretrained",), spoilt, "spoilt")
 
 
 def test_a_doubled_key_does_not_load(spoilt):
