@@ -76,7 +76,7 @@ class EMRConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
         except RepoError as error:
             raise RepoError(f"{place}{error}") from None
-        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
             raise RepoError(f"{place}transformers cannot use the configuration: {one_line(error)}") from error
 
     @classmethod

@@ -27,7 +27,7 @@ from .hub import MERGED_REPO, push_folder, push_model, saved_tensors, write_repo
 from .loading import build_wrapped, check_files, check_values
 from .plan import dtype_name
 from .publication import updated_folder
-from .repo import copy_side_files, is_weights_file, side_files_of
+from .repo import copy_side_files, is_weights_file, layout_of, open_repo, side_files_of
 from .signature import DelegatedSignature
 from .storage import open_folder
 from .switching import Switch, owners_of
@@ -163,6 +163,9 @@ class EMRMergedModel(PreTrainedModel):
             )
         if cls is EMRMergedModel:
             cls = cls._class_of_repo(pretrained_model_name_or_path, kwargs)
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if kwargs.get("state_dict") is None and layout_of(folder) == "model":
+            open_repo(folder)  # a broken index or header is named, of which transformers raises anything
         token = _loading_since.set(time.time())
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

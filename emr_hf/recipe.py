@@ -222,6 +222,11 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
         return node
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        str(value).encode()  # half a character is an error here, as no file can be written with it
+        return value
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key in (self.construct_object(key, deep=True) for key, _ in node.value):

@@ -771,3 +771,15 @@ def test_a_snapshot_in_the_hubs_cache_is_its_repo(bert, tmp_path):
     edit_json(other / "adapter_config.json", base_model_name_or_path="google/other")
     with pytest.raises(emr_hf.MismatchError, match="b: was trained on google/other"):
         emr_hf.add_task(tmp_path / "out", "b", other, tmp_path / "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32])
+def test_factors_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
+    base = adapters.write_base(tiny.BERT, tmp_path / "base")
+    settings = {**adapters.BERT_LORA, "task_type": "SEQ_CLS"}
+    found = adapters.write_adapter(tmp_path / "a", tiny.BERT.architecture, base, settings, 1, "LORA")
+    tensors = load_file(found / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file({**tensors, name: tensors[name].to(dtype)}, found / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(emr_hf.CheckpointError, match=f"{name} is {dtype}: expected floating-point numbers"):
+        emr_hf.check(emr_hf.Recipe(base, {"a": found}))

@@ -89,6 +89,7 @@ FIELDS = [
     (("tau_dtype",), "float3", "tau_dtype is 'float3'"),
     (("method",), ["emr"], r"method is \['emr'\]"),
     (("dtype",), "", "dtype is ''"),
+    (("base_config", "dtype"), list("float32"), "cannot use the configuration"),
     (("default_task",), "item", "default_task is 'item'"),
     (("merged_parameters",), 3, "merged_parameters is 3"),
     (("merged_parameters",), [], r"merged_parameters is \[\]"),
@@ -379,7 +380,9 @@ def test_an_index_names_files_beside_it_only(bert_inputs, tmp_path, shard):
     index = json.loads((repo / "model.safetensors.index.json").read_text())
     index["weight_map"]["emr.rescaler.t0"] = shard
     (repo / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(("inspect", "remove"), repo, "broken index .*expected a weight_map of tensors to files beside it")
+    refused(("inspect", "remove", "from_pretrained"), repo, "broken index .*weight_map of tensors to files beside it")
+    (repo / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 5}))
+    refused(("inspect", "from_pretrained"), repo, "broken index")
 
 
 # Digests

@@ -88,6 +88,8 @@ class AdapterCheckpoint(NamedTensors):
                     f"{label}: {self.source.name} holds {stored}, for which {type(skeleton).__name__} with its "
                     f"adapter_config.json has no place"
                 )
+            elif not info.dtype.is_floating_point:
+                raise CheckpointError(f"{label}: {stored} is {info.dtype}: expected floating-point numbers")
             elif info.shape != tuple(expected[stored].shape):
                 raise MismatchError(
                     f"{label}: {stored} is {list(info.shape)}, expected {list(expected[stored].shape)}: the adapter "
