@@ -281,8 +281,8 @@ def _assign(plan: Plan) -> None:
             plan.merged.append(name)
         else:
             plan.private[name] = why
-            if why == "head":
-                _check_heads(plan, name, place.shape)
+            if why in ("head", "buffer"):
+                _check_own_shape(plan, name, place.shape)
     if not plan.merged:
         reasons = ", ".join(sorted(set(plan.private.values())))
         raise MismatchError(f"nothing to merge: every tensor of {plan.architecture} is private ({reasons})")
@@ -317,8 +317,8 @@ def _why_private(plan: Plan, name: str, is_parameter: bool, expressions: Sequenc
     return None
 
 
-def _check_heads(plan: Plan, name: str, shape: torch.Size) -> None:
-    """Raise MismatchError if a finetune's head is not of the size that its own configuration says."""
+def _check_own_shape(plan: Plan, name: str, shape: torch.Size) -> None:
+    """Raise MismatchError if a tensor of a finetune's own is not of the shape that its configuration says."""
     for checkpoint in plan.finetunes.values():
         found = checkpoint.infos[name].shape
         if found == tuple(shape):
