@@ -134,7 +134,9 @@ def _read_index(label: str, path: Path) -> dict[str, str]:
 
 def _is_below(shard: object) -> bool:
     """Whether a shard's name leads nowhere but into its index's folder."""
-    return isinstance(shard, str) and bool(shard) and not os.path.isabs(shard) and ".." not in Path(shard).parts
+    if not isinstance(shard, str) or not 0 < len(shard) < 256:
+        return False
+    return not os.path.isabs(shard) and ".." not in Path(shard).parts
 
 
 def _check_places(label: str, expected: dict[str, Path] | None, found: dict[str, Path]) -> None:
