@@ -335,7 +335,7 @@ def test_the_end_of_a_process_is_the_end_of_the_merge(in_processes, jobs, bert_r
     assert files_of(out) == files_of(bert_repo)
 
 
-BOUND = 15.0
+BOUND = 60.0
 """Seconds for a partner that is stopped; one that lives is not held up so long, whatever else the machine does."""
 
 
@@ -367,7 +367,7 @@ def test_a_process_may_take_long_but_has_to_live(in_processes, jobs, bert_repo, 
         slow, stopped = process.answer
         assert slow.merged_tensors
         assert type(stopped) is errors.ProcessError
-        assert str(stopped).startswith(f"process {victim} of this merge") and "no life for 15 s" in str(stopped)
+        assert str(stopped).startswith(f"process {victim} of this merge") and "no life for 60 s" in str(stopped)
         assert process.status == 0  # nothing hangs at its end either
     staging.remove_leftovers(out)
     assert list(tmp_path.iterdir()) == [out]
