@@ -68,6 +68,7 @@ def _prefix(out: Path) -> str:
 
 
 def new_staging(out: Path) -> Staging:
+    """A new staging folder of a target, locked, with the names of its owner."""
     while True:
         path = out.parent / f"{_prefix(out)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
         path.mkdir(parents=True)

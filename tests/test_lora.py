@@ -464,7 +464,7 @@ UNUSED = [
     {"megatron_config": {}, "megatron_core": "os"},
     {"runtime_config": {"ephemeral_gpu_offload": True}},
     {"eva_config": {"rho": -1}, "init_lora_weights": "eva"},
-    {"corda_config": {"cache_file": "/tmp/x", "covariance_file": "/tmp/y"}},
+    {"corda_config": {"cache_file": "x", "covariance_file": "y"}},
     {"loftq_config": {"loftq_bits": 4}},
     {"lora_ga_config": {"direction": "ArB2r"}},
     {"lora_dropout": "much"},
